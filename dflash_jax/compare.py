@@ -1,0 +1,86 @@
+"""Plain against speculative decoding of the same prompts, in one process."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Sequence
+
+from dflash_jax.config import ConfigError
+from dflash_jax.generate import Batch, answer, warm_up
+from dflash_jax.model import Model
+from dflash_jax.session import Completion, OnTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """The same reply, decoded both ways."""
+
+  speculative: Completion
+  plain: Completion
+
+  @property
+  def is_identical(self) -> bool:
+    """Whether both are the same tokens."""
+    return self.speculative.tokens == self.plain.tokens
+
+  @property
+  def speedup(self) -> float:
+    """Ratio of times per token, prefill excluded; 0 for a reply of one."""
+    ours = self.speculative.tpot_s
+    return self.plain.tpot_s / ours if ours else 0.0
+
+
+def compare(
+  model: Model,
+  batches: Sequence[Batch],
+  *,
+  repeats: int = 1,
+  on_tokens: OnTokens | None = None,
+) -> Iterator[tuple[int, Comparison]]:
+  """Decodes each batch both ways, one right after the other.
+
+  Both are compiled before the clock starts, and a machine that slows down for
+  a while slows both.
+
+  Args:
+    model: with its drafter.
+    batches: from plan_batches.
+    repeats: timed passes over each batch; times become medians.
+    on_tokens: of the first speculative pass, as in `generate`.
+
+  Yields:
+    (place in the result, Comparison), batch after batch.
+
+  Raises:
+    ConfigError: the model has no drafter.
+  """
+  if model.drafter.max_drafts == 0:
+    raise ConfigError(
+      "there is no drafter to compare plain decoding with; name its directory "
+      "in --drafter or drafter.path"
+    )
+  plain = model.without_drafter()
+  warm_up(model, batches)
+  warm_up(plain, batches)
+  for batch in batches:
+    passes = []
+    for number in range(repeats):
+      callback = on_tokens if number == 0 else None
+      speculative = dict(answer(model, batch, on_tokens=callback))
+      passes.append((speculative, dict(answer(plain, batch))))
+    for place in passes[0][0]:
+      yield (
+        place,
+        Comparison(
+          speculative=_median([ours[place] for ours, _ in passes]),
+          plain=_median([theirs[place] for _, theirs in passes]),
+        ),
+      )
+
+
+def _median(completions: Sequence[Completion]) -> Completion:
+  """One reply, decoded several times, with the median of each time."""
+  times = {
+    name: statistics.median(getattr(c, name) for c in completions)
+    for name in ("ttft_s", "tpot_s", "tokens_per_s")
+  }
+  return dataclasses.replace(completions[0], **times)

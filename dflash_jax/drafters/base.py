@@ -1,0 +1,85 @@
+"""What a drafter must be, so that one decode loop serves them all."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+from dflash_jax.proposal import Proposal
+
+Params = dict[str, Any]
+State = Any  # a pytree of the drafter's own
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Borrowed:
+  """The target's tables a drafter may use: arguments, frozen, never its own.
+
+  Attributes:
+    embedding: f[V, D].
+    head: f[D, V'], columns of the target's head.
+    head_ids: i32[V'], token id of each column, or None when V' = V and columns
+      are ids. A trimmed head is cheaper and narrows only what can be proposed.
+  """
+
+  embedding: jax.Array
+  head: jax.Array
+  head_ids: jax.Array | None
+
+
+class Drafter(Protocol):
+  """Static configuration with pure functions of (params, state, ...).
+
+  A drafter is hashable, so it can be a static argument of a jitted function.
+  """
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    """The target layers whose output it reads, 0-based."""
+
+  @property
+  def max_drafts(self) -> int:
+    """The most drafts one proposal can hold."""
+
+  def init_state(self, batch: int, capacity: int, dtype: str) -> State:
+    """State before any token: `capacity` bounds the tokens of a row."""
+
+  def absorb(
+    self,
+    params: Params,
+    state: State,
+    taps: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+  ) -> State:
+    """Takes in what the target just read.
+
+    Args:
+      params: the drafter's own parameters.
+      state: before these tokens.
+      taps: f32[B, T, taps * D], the target's states at `tokens`.
+      tokens: i32[B, T].
+      count: i32[B]; only the first count tokens of a row are committed.
+    """
+
+  def propose(
+    self,
+    params: Params,
+    state: State,
+    anchor: jax.Array,
+    borrowed: Borrowed,
+    num_drafts: int,
+    remaining: jax.Array,
+  ) -> Proposal:
+    """Drafts what follows the anchor.
+
+    Args:
+      params: the drafter's own parameters.
+      state: has absorbed every token before the anchor.
+      anchor: i32[B], the last emitted token.
+      borrowed: the target's tables.
+      num_drafts: P, length of the chain.
+      remaining: i32[B], tokens the reply may still take; drafts past them are
+        never used.
+    """

@@ -1,0 +1,47 @@
+"""No drafter: every round emits the target's one next token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dflash_jax.drafters.base import Borrowed, Params, State
+from dflash_jax.proposal import Proposal
+
+
+@dataclasses.dataclass(frozen=True)
+class NoDrafter:
+  """Proposes nothing, which makes the decode loop plain decoding."""
+
+  taps: tuple[int, ...] = ()
+  max_drafts: int = 0
+
+  def init_state(self, batch: int, capacity: int, dtype: str) -> State:
+    """An empty pytree."""
+    del batch, capacity, dtype
+    return ()
+
+  def absorb(
+    self,
+    params: Params,
+    state: State,
+    taps: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+  ) -> State:
+    """Keeps nothing."""
+    del params, taps, tokens, count
+    return state
+
+  def propose(
+    self,
+    params: Params,
+    state: State,
+    anchor: jax.Array,
+    borrowed: Borrowed,
+    num_drafts: int,
+    remaining: jax.Array,
+  ) -> Proposal:
+    """The empty chain."""
+    del params, state, borrowed, num_drafts, remaining
+    return Proposal(tokens=jnp.zeros((anchor.shape[0], 0), jnp.int32))

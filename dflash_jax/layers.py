@@ -1,0 +1,292 @@
+"""The parts both networks are made of: norm, rotary, attention, SwiGLU.
+
+Modules say what parameters they own in `__init__` and are a formula in
+`__call__`; they hold no cache and no random state. The residual stream, norms
+and softmax are float32. Matmul operands take the dtype of the kernel, so one
+set of formulas serves float32, where "lossless" is defined, and bfloat16.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dflash_jax.config import RotaryScaling
+
+INIT_STDDEV = 0.02  # training.md 1.1: all DFlash matrices start at N(0, 0.02)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+  """A float32 parameter drawn from N(0, 0.02)."""
+  return nnx.Param(INIT_STDDEV * jax.random.normal(rngs.params(), shape))
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale, over the last axis, in float32."""
+
+  def __init__(self, width: int, epsilon: float):
+    self.scale = nnx.Param(jnp.ones((width,)))
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    unit = x * jax.lax.rsqrt(mean_square + self.epsilon)
+    return unit * self.scale[...].astype(jnp.float32)
+
+
+class Linear(nnx.Module):
+  """x @ kernel (+ bias); the kernel is stored [in, out]."""
+
+  def __init__(
+    self, width_in: int, width_out: int, *, rngs: nnx.Rngs, bias: bool = False
+  ):
+    self.kernel = normal(rngs, (width_in, width_out))
+    self.bias = nnx.Param(jnp.zeros((width_out,))) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = matmul(x, self.kernel[...])
+    return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x f[..., I] @ kernel f[I, O] -> f32[..., O].
+
+  Operands take the kernel's dtype, forward and backward; sums are float32.
+  Float32 asks for full float32 products: on GPUs the default would be TF32,
+  whose rounding makes the 1-token and the K-token pass of a target disagree.
+  """
+  return _dot(x.astype(kernel.dtype), kernel)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+  exact = y.dtype == jnp.float32
+  return jnp.dot(
+    x,
+    y,
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _matmul_forward(x, kernel):
+  return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(saved, gradient):
+  x, kernel = saved
+  rows = x.astype(kernel.dtype).reshape(-1, x.shape[-1])
+  gradient = gradient.astype(kernel.dtype)
+  x_gradient = _dot(gradient, kernel.T).astype(x.dtype)
+  kernel_gradient = _dot(rows.T, gradient.reshape(rows.shape[0], -1))
+  return x_gradient, kernel_gradient.astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class SwiGLU(nnx.Module):
+  """down(silu(gate(x)) * up(x))."""
+
+  def __init__(self, width: int, mlp_width: int, *, rngs: nnx.Rngs):
+    self.gate = Linear(width, mlp_width, rngs=rngs)
+    self.up = Linear(width, mlp_width, rngs=rngs)
+    self.down = Linear(mlp_width, width, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Projections(nnx.Module):
+  """q, k, v and output projections of grouped-query attention.
+
+  Queries f32[B, T, N, H], keys and values f32[B, T, G, H]; q and k optionally
+  pass a per-head RMSNorm before rotary (Qwen3, and every DFlash drafter).
+  """
+
+  def __init__(
+    self,
+    width: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_width: int,
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = False,
+    norm_epsilon: float | None = None,
+  ):
+    kv_width = num_kv_heads * head_width
+    self.head_width = head_width
+    self.query = Linear(width, num_heads * head_width, rngs=rngs, bias=bias)
+    self.key = Linear(width, kv_width, rngs=rngs, bias=bias)
+    self.value = Linear(width, kv_width, rngs=rngs, bias=bias)
+    self.output = Linear(num_heads * head_width, width, rngs=rngs)
+    has_norm = norm_epsilon is not None
+    self.query_norm = RMSNorm(head_width, norm_epsilon) if has_norm else None
+    self.key_norm = RMSNorm(head_width, norm_epsilon) if has_norm else None
+
+  def queries(self, x: jax.Array, angles: jax.Array) -> jax.Array:
+    """x f[B, T, D], angles f32[2, B, T, H/2] -> f32[B, T, N, H]."""
+    q = self._heads(self.query(x))
+    q = q if self.query_norm is None else self.query_norm(q)
+    return rotate(q, angles)
+
+  def keys_values(
+    self, x: jax.Array, angles: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """x f[B, T, D] -> rotated keys and plain values, f32[B, T, G, H] each."""
+    k = self._heads(self.key(x))
+    k = k if self.key_norm is None else self.key_norm(k)
+    return rotate(k, angles), self._heads(self.value(x))
+
+  def merge(self, attended: jax.Array) -> jax.Array:
+    """attended f[B, T, N, H] -> f32[B, T, D]."""
+    return self.output(attended.reshape(*attended.shape[:-2], -1))
+
+  def _heads(self, x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-1], -1, self.head_width)
+
+
+# --- Attention ----------------------------------------------------------------
+
+
+def attend(
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Grouped-query attention with an explicit mask.
+
+  Args:
+    query: f32[B, T, N, H]; query head n reads key/value head n // (N / G).
+    key, value: f[B, G, S, H], the cache's layout.
+    mask: bool[B, T, S], or bool[1, T, S]; True where visible.
+
+  Returns:
+    f32[B, T, N, H]. A query that sees nothing averages all values.
+  """
+  out, _ = attend_with_lse(query, key, value, mask)
+  return out
+
+
+def attend_with_lse(
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`attend`, and the log-sum-exp f32[B, T, N] of each query's scores.
+
+  Two attentions over disjoint keys merge exactly through their log-sum-exp
+  (`merge_attention`), which spares a mask over their union.
+  """
+  B, T, N, H = query.shape
+  _, G, S, _ = key.shape
+  grouped = query.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4)
+  grouped = grouped.reshape(B, G, (N // G) * T, H).astype(key.dtype)
+  precision = jax.lax.Precision.HIGHEST if key.dtype == jnp.float32 else None
+  scores = jnp.einsum(
+    "BGQH,BGSH->BGQS",
+    grouped,
+    key,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+  scores = scores.reshape(B, G, N // G, T, S) / math.sqrt(H)
+  scores = jnp.where(mask[:, None, None], scores, -1e30)
+  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  weights = jnp.exp(scores - top)
+  total = weights.sum(axis=-1, keepdims=True)
+  out = jnp.einsum(
+    "BGQS,BGSH->BGQH",
+    (weights / total).reshape(B, G, -1, S).astype(value.dtype),
+    value,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+  out = out.reshape(B, G, N // G, T, H).transpose(0, 3, 1, 2, 4)
+  lse = (jnp.log(total) + top)[..., 0].transpose(0, 3, 1, 2)
+  return out.reshape(B, T, N, H), lse.reshape(B, T, N)
+
+
+def merge_attention(
+  first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+  """Attention over the union of two disjoint key sets.
+
+  Args:
+    first, second: (out f32[..., N, H], lse f32[..., N]) of `attend_with_lse`.
+
+  Returns:
+    f32[..., N, H]: each part weighted by its share of the softmax's total.
+  """
+  (out_a, lse_a), (out_b, lse_b) = first, second
+  share = jax.nn.sigmoid(lse_a - lse_b)[..., None]
+  return share * out_a + (1.0 - share) * out_b
+
+
+# --- Rotary embedding ---------------------------------------------------------
+
+
+def rotary_frequencies(
+  head_width: int, base: float, scaling: RotaryScaling | None
+) -> tuple[np.ndarray, float]:
+  """Inverse frequencies f32[H/2], and the factor on cos and sin."""
+  exponent = np.arange(0, head_width, 2, dtype=np.float64) / head_width
+  frequencies = base**-exponent
+  factor = 1.0
+  if scaling is not None and scaling.kind == "llama3":
+    frequencies = _llama3_frequencies(frequencies, scaling)
+  elif scaling is not None:
+    frequencies = _yarn_frequencies(frequencies, base, scaling)
+    factor = scaling.attention_factor
+    if factor is None:
+      factor = 0.1 * math.log(scaling.factor) + 1.0
+  return frequencies.astype(np.float32), factor
+
+
+def _llama3_frequencies(
+  frequencies: np.ndarray, scaling: RotaryScaling
+) -> np.ndarray:
+  """Divides slow frequencies by the factor, ramping between two bounds."""
+  rotations = scaling.original_length * frequencies / (2 * math.pi)
+  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+  keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+  return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def _yarn_frequencies(
+  frequencies: np.ndarray, base: float, scaling: RotaryScaling
+) -> np.ndarray:
+  """YaRN's ramp over frequency index (arXiv 2309.00071, section 3.2)."""
+  half = len(frequencies)
+
+  def index_at(rotations: float) -> float:
+    span = scaling.original_length / (rotations * 2 * math.pi)
+    return half * math.log(span) / math.log(base)
+
+  low, high = index_at(scaling.beta_fast), index_at(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, 2 * half - 1)
+  slow = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
+  return slow * frequencies / scaling.factor + (1 - slow) * frequencies
+
+
+def rotary_angles(
+  positions: jax.Array,
+  head_width: int,
+  base: float,
+  scaling: RotaryScaling | None,
+) -> jax.Array:
+  """positions i32[B, T] -> cos and sin, f32[2, B, T, H/2]."""
+  frequencies, factor = rotary_frequencies(head_width, base, scaling)
+  angles = positions.astype(jnp.float32)[..., None] * frequencies
+  return factor * jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotates pairs (i, i + H/2) of x f32[B, T, heads, H]."""
+  cos, sin = angles[0][..., None, :], angles[1][..., None, :]
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )

