@@ -30,7 +30,7 @@ def tiny_target_config(vocab: int = 263, **overrides) -> TargetConfig:
   """A target with unequal sizes, so that a swapped axis fails."""
   sizes = TargetConfig(
     family="llama",
-    num_layers=5,
+    num_layers=3,
     width=24,
     mlp_width=38,
     num_heads=6,
@@ -54,7 +54,7 @@ def tiny_drafter_config(target: TargetConfig, **overrides) -> DrafterConfig:
     vocab_size=target.vocab_size,
     block_size=BLOCK_SIZE,
     mask_token_id=target.vocab_size - 1,
-    target_layer_ids=(1, 3),
+    target_layer_ids=(0, 2),
     num_target_layers=target.num_layers,
     target_width=target.width,
     rotary_base=target.rotary_base,

@@ -1,17 +1,18 @@
 """Orbax checkpoints of a training run: the newest few, and the best."""
 
-import json
+import logging
+import os
 import pathlib
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from train.corpus import write_whole
+from train.files import FileError
 from train.step import TrainState
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
   """A checkpoint that cannot be written or read; says what to do."""
 
 
@@ -22,29 +23,49 @@ class Checkpoints:
   nothing that `restore` would read.
   """
 
-  def __init__(self, workdir: str, keep: int):
+  def __init__(
+    self, workdir: str | os.PathLike[str], keep: int, read_only: bool = False
+  ):
     """Opens or creates `workdir`/checkpoints.
 
     Args:
       workdir: of the run.
       keep: newest checkpoints kept, besides the one of best held-out tau.
+      read_only: leave unfinished saves alone: their run may be alive.
+
+    Raises:
+      CheckpointError: if it cannot be created or read.
     """
     policies = ocp.training.preservation_policies
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    self._checkpointer = ocp.training.Checkpointer(
-      self.directory,
-      preservation_policy=policies.AnyPreservationPolicy(
-        [
-          policies.LatestN(keep),
-          policies.BestN(
-            get_metric_fn=lambda metrics: metrics["tau"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      ),
-      cleanup_tmp_directories=True,
-    )
+    try:
+      self._checkpointer = ocp.training.Checkpointer(
+        self.directory,
+        preservation_policy=policies.AnyPreservationPolicy(
+          [
+            policies.LatestN(keep),
+            policies.BestN(
+              get_metric_fn=lambda metrics: metrics["tau"],
+              n=1,
+              keep_checkpoints_without_metrics=False,
+            ),
+          ]
+        ),
+        cleanup_tmp_directories=not read_only,
+      )
+    except (OSError, ValueError) as error:
+      raise CheckpointError(
+        f"cannot open {self.directory}: {error}; choose another --workdir"
+      ) from error
+
+  @property
+  def taus(self) -> dict[int, float]:
+    """Held-out tau of each checkpoint, by step."""
+    return {
+      checkpoint.step: checkpoint.metrics["tau"]
+      for checkpoint in self._checkpointer.checkpoints
+      if checkpoint.metrics
+    }
 
   @property
   def latest_step(self) -> int | None:
@@ -55,12 +76,8 @@ class Checkpoints:
   @property
   def best_step(self) -> int | None:
     """Step with the highest held-out tau, None before the first."""
-    scored = [
-      (checkpoint.metrics["tau"], checkpoint.step)
-      for checkpoint in self._checkpointer.checkpoints
-      if checkpoint.metrics
-    ]
-    return max(scored)[1] if scored else None
+    taus = self.taus
+    return max(taus, key=lambda step: (taus[step], step)) if taus else None
 
   def save(self, state: TrainState, tau: float) -> None:
     """Writes a checkpoint, complete or not at all.
@@ -80,7 +97,11 @@ class Checkpoints:
       ) from error
 
   def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-    """Reads the checkpoint of `step`, the newest by default.
+    """Reads a checkpoint.
+
+    Args:
+      like: arrays, or their shapes and types, of the state to expect.
+      step: of the checkpoint; the newest by default.
 
     Raises:
       CheckpointError: if there is none, or it does not fit `like`.
@@ -90,42 +111,42 @@ class Checkpoints:
       raise CheckpointError(
         f"{self.directory} holds no checkpoint; start without --resume"
       )
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      _as_dict(like),
-    )
+    known = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+    if step not in known:
+      raise CheckpointError(
+        f"{self.directory} holds no checkpoint of step {step}; it has {known}"
+      )
     try:
-      return TrainState(**self._checkpointer.load(step, abstract))
+      loaded = self._checkpointer.load(
+        step, jax.tree.map(_abstract, _as_dict(like))
+      )
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise CheckpointError(
         f"cannot read checkpoint {step} under {self.directory}: {error}; "
         "delete it to continue from the one before"
       ) from error
+    return TrainState(**loaded)
 
   def close(self) -> None:
     """Waits for pending work."""
     self._checkpointer.close()
 
 
-def write_record(workdir: str, name: str, text: str) -> None:
-  """Writes a small text file of the run whole."""
-  directory = pathlib.Path(workdir)
-  directory.mkdir(parents=True, exist_ok=True)
-  write_whole(directory / name, text.encode())
+def quieten_orbax() -> None:
+  """Keeps orbax's running commentary off the screen; warnings stay.
 
-
-def read_record(workdir: str, name: str) -> Any:
-  """A JSON record of the run.
-
-  Raises:
-    CheckpointError: if the workdir has none.
+  Its background threads also log, at length, what they raise: the caller gets
+  the same exception.
   """
-  path = pathlib.Path(workdir) / name
-  if not path.is_file():
-    raise CheckpointError(
-      f"{path} is missing; give the --workdir of a train.main run"
+
+  def is_news(record: logging.LogRecord) -> bool:
+    if f"{os.sep}orbax{os.sep}" not in record.pathname:
+      return True
+    return (
+      record.levelno >= logging.WARNING and record.filename != "future.py"
     )
-  return json.loads(path.read_text())
+
+  logging.getLogger("absl").addFilter(is_news)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
@@ -135,3 +156,10 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     "optimizer": state.optimizer,
     "tap_scale": state.tap_scale,
   }
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = leaf.sharding
+  if sharding is None:  # of a shape alone
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -8,6 +8,7 @@ features cost no disk and are the default. One row a token, half precision:
 """
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -16,23 +17,38 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from dflash_jax.generate import bucket
+from dflash_jax.session import bucket
 from dflash_jax.target import Params, Target
-from train.corpus import Corpus, CorpusError, write_whole
+from train.corpus import Corpus
+from train.files import (
+  FileError,
+  cannot_write,
+  make_directory,
+  read_json,
+  write_whole,
+)
 
 BATCH = 32  # sequences per target pass
+SAVE_EVERY = 16  # passes between records of progress
 LARGEST = float(np.finfo(np.float16).max)
+_META = "meta.json"
+_ROWS = "features.f16"
 
 
 class FeatureCache:
   """Taps of every token of a corpus, memory-mapped.
 
-  A killed build resumes at its last finished batch; rows beyond it are never
+  A killed build resumes at its last recorded batch; rows beyond it are never
   read.
   """
 
   def __init__(
-    self, directory: str, corpus: Corpus, taps: tuple[int, ...], width: int
+    self,
+    directory: str,
+    corpus: Corpus,
+    taps: tuple[int, ...],
+    width: int,
+    source: dict[str, Any],
   ):
     """Opens or creates the cache of `corpus`.
 
@@ -41,11 +57,13 @@ class FeatureCache:
       corpus: what it caches, told apart by its checksums.
       taps: tapped layers.
       width: taps * D.
+      source: JSON that tells apart the targets and their precisions.
 
     Raises:
-      CorpusError: if it was made from another corpus or other taps.
+      FileError: if it was made from something else, is damaged, or does not fit
+        on the disk.
     """
-    self.directory = pathlib.Path(directory)
+    self.directory = make_directory(directory)
     self._corpus = corpus
     self._taps = taps
     self._width = width
@@ -54,31 +72,10 @@ class FeatureCache:
       "taps": list(taps),
       "width": width,
       "tokens": corpus.num_tokens,
+      **source,
     }
-    path = self.directory / "meta.json"
-    fresh = {"identity": identity, "examples": 0}
-    self._meta: dict[str, Any] = (
-      json.loads(path.read_text()) if path.exists() else fresh
-    )
-    if self._meta["identity"] != identity:
-      raise CorpusError(
-        f"{directory} caches other features (see its meta.json); choose "
-        "another train.feature_cache or delete it"
-      )
-    self.directory.mkdir(parents=True, exist_ok=True)
-    shape = (corpus.num_tokens, width)
-    rows_path = self.directory / "features.f16"
-    size = shape[0] * shape[1] * 2
-    exists = rows_path.exists() and rows_path.stat().st_size == size
-    if self._meta["examples"] and not exists:
-      raise CorpusError(
-        f"{rows_path} is missing or truncated; delete {directory} and start "
-        "again"
-      )
-    logging.info("feature cache %s: %.2f GB", directory, size / 1e9)
-    self._rows = np.memmap(
-      rows_path, np.float16, "r+" if exists else "w+", shape=shape
-    )
+    self._meta = self._read_meta(identity)
+    self._rows = self._map_rows()
 
   @property
   def is_complete(self) -> bool:
@@ -89,27 +86,23 @@ class FeatureCache:
     """Computes what is missing, longest examples first.
 
     Raises:
-      CorpusError: if the disk refuses or a feature does not fit half precision.
+      FileError: if the disk refuses or a feature does not fit half precision.
     """
     lengths = self._corpus.lengths
     order = np.argsort(-lengths, kind="stable")
-    run = jax.jit(_tap, static_argnums=(0, 3))
     done = self._meta["examples"]
-    with tqdm.tqdm(total=len(order), initial=done, desc="features") as bar:
-      for first in range(done, len(order), BATCH):
+    with tqdm.tqdm(
+      total=self._corpus.num_tokens,
+      initial=int(lengths[order[:done]].sum()),
+      desc="features",
+      unit="token",
+      unit_scale=True,
+    ) as bar:
+      for count, first in enumerate(range(done, len(order), BATCH), start=1):
         part = order[first : first + BATCH]
-        longest = int(lengths[part].max())
-        padded = min(bucket(longest, 1 << 30), -(-longest // 64) * 64)
-        tokens, _ = self._corpus.batch(part, padded)
-        full = np.zeros((BATCH, padded), np.int32)
-        full[: len(part)] = tokens
-        taps = np.asarray(run(target, params, full, self._taps))
-        for row, index in enumerate(part):
-          self._rows[self._corpus.span(index)] = _half(
-            taps[row, : lengths[index]]
-          )
-        bar.update(len(part))
-        if (first // BATCH) % 16 == 15:
+        self._compute(target, params, part)
+        bar.update(int(lengths[part].sum()))
+        if count % SAVE_EVERY == 0:
           self._save_progress(first + len(part))
     self._save_progress(len(order))
 
@@ -121,25 +114,80 @@ class FeatureCache:
       taps[row, : len(rows)] = rows
     return taps
 
+  def _compute(self, target: Target, params: Params, part: np.ndarray) -> None:
+    """Fills the rows of at most BATCH examples."""
+    lengths = self._corpus.lengths[part]
+    longest = int(lengths.max())
+    # Powers of two up to 64, then multiples: few compilations, little padding.
+    padded = min(bucket(longest, 1 << 30), -(-longest // 64) * 64)
+    tokens = np.zeros((BATCH, padded), np.int32)
+    tokens[: len(part)], _ = self._corpus.batch(part, padded)
+    taps = np.asarray(_tap(target, params, tokens, self._taps))
+    for row, (index, length) in enumerate(zip(part, lengths, strict=True)):
+      self._rows[self._corpus.span(index)] = _half(taps[row, :length])
+
+  def _read_meta(self, identity: dict[str, Any]) -> dict[str, Any]:
+    path = self.directory / _META
+    if not path.exists():
+      return {"identity": identity, "examples": 0}
+    meta = read_json(path, f"delete {self.directory} and start again")
+    if meta.get("identity") != identity:
+      raise FileError(
+        f"{self.directory} caches other features (see its {_META}); choose "
+        "another train.feature_cache or delete it"
+      )
+    return meta
+
+  def _map_rows(self) -> np.memmap:
+    path = self.directory / _ROWS
+    shape = (self._corpus.num_tokens, self._width)
+    size = shape[0] * shape[1] * np.dtype(np.float16).itemsize
+    if not path.exists() or path.stat().st_size != size:
+      if self._meta["examples"]:
+        raise FileError(
+          f"{path} is missing or truncated; delete {self.directory} and start "
+          "again"
+        )
+      _reserve(path, size)
+      logging.info("feature cache %s: %.2f GB", self.directory, size / 1e9)
+    return np.memmap(path, np.float16, "r+", shape=shape)
+
   def _save_progress(self, examples: int) -> None:
     self._rows.flush()
     self._meta["examples"] = examples
     write_whole(
-      self.directory / "meta.json", json.dumps(self._meta, indent=1).encode()
+      self.directory / _META, json.dumps(self._meta, indent=1).encode()
     )
 
 
-def _tap(target: Target, params: Params, tokens: jax.Array, taps) -> jax.Array:
-  """tokens i32[B, S] -> f32[B, S, taps * D]."""
-  cache = target.init_cache(*tokens.shape, params["embedding"].dtype)
+def _reserve(path: pathlib.Path, size: int) -> None:
+  """Takes the disk space now: a mapped page without any kills the process."""
+  try:
+    with path.open("wb") as file:
+      os.posix_fallocate(file.fileno(), 0, size)
+  except OSError as error:
+    path.unlink(missing_ok=True)
+    raise cannot_write(path, error) from error
+
+
+def _forward(
+  target: Target, params: Params, tokens: jax.Array, taps: tuple[int, ...]
+) -> jax.Array:
+  B, S = tokens.shape
+  cache = target.init_cache(B, S, params["embedding"].dtype)
   return target.forward(params, tokens, cache, taps)[1]
 
 
+# (target, params, tokens i32[B, S], taps) -> f32[B, S, taps * D]
+_tap = jax.jit(_forward, static_argnums=(0, 3))
+
+
 def _half(rows: np.ndarray) -> np.ndarray:
-  if not np.abs(rows).max() < LARGEST:
-    raise CorpusError(
-      f"a feature of size {np.abs(rows).max():.3g} does not fit half precision; "
-      "train with online features (train.feature_cache='')"
+  largest = np.abs(rows).max()
+  if not largest < LARGEST:  # not a number, too
+    raise FileError(
+      f"a feature of size {largest:.3g} does not fit half precision; train "
+      "with online features (train.feature_cache='')"
     )
   return rows.astype(np.float16)
 

@@ -1,26 +1,31 @@
 """Trains a drafter: python -m train.main --config=FILE --workdir=DIR."""
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from train.loop import train
-
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Run configuration, a file of configs/."
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory for checkpoints, metrics and the run's config."
-)
-_RESUME = flags.DEFINE_bool(
-  "resume", False, "Continue from the newest checkpoint in --workdir."
-)
+from dflash_jax import command
+from dflash_jax.config import Config, ConfigError
+from train.checkpoint import quieten_orbax
+from train.files import FileError
+from train.loop import TrainingDiverged, train
 
 
-def main(_) -> None:
-  """Entry point."""
-  train(_CONFIG.value, _WORKDIR.value, _RESUME.value)
+def define_flags() -> None:
+  """The flags of python -m train.main, besides --config."""
+  flags.DEFINE_string(
+    "workdir", None, "Directory for checkpoints, metrics and the run's config."
+  )
+  flags.DEFINE_bool(
+    "resume", False, "Continue from the newest checkpoint in --workdir."
+  )
+
+
+def main(config: Config) -> None:
+  """Entry point of python -m train.main."""
+  if not flags.FLAGS.workdir:
+    raise ConfigError("--workdir=DIR is missing; name a directory for the run")
+  quieten_orbax()
+  train(config, flags.FLAGS.workdir, flags.FLAGS.resume)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  command.run(main, define_flags, errors=(FileError, TrainingDiverged))

@@ -1,17 +1,21 @@
 """What a run trains on and with: target, new drafter, corpus, features."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from dflash_jax.config import Config, ConfigError, DrafterConfig, TargetConfig
 from dflash_jax.drafters import Borrowed, DFlash
 from dflash_jax.features import choose_taps
 from dflash_jax.model import borrow, load_target
 from dflash_jax.target import Params
-from train.corpus import Corpus
+from train.corpus import Corpus, identify_target, spread
 from train.feature_cache import FeatureCache, measure_tap_scale
+from train.settings import check_settings
 from train.step import Batch, Trainer
 
 SCALE_EXAMPLES = 32  # sequences that tell the usual size of each channel
@@ -28,7 +32,10 @@ def design_drafter(config: Config, target: TargetConfig) -> DrafterConfig:
     raise ConfigError(
       f"drafter.name={draft.name!r} cannot be trained; choose 'dflash'"
     )
-  taps = draft.taps or choose_taps(target.num_layers, draft.num_taps)
+  try:
+    taps = draft.taps or choose_taps(target.num_layers, draft.num_taps)
+  except ValueError as error:
+    raise ConfigError(f"drafter: {error}") from error
   return DrafterConfig(
     num_layers=draft.num_layers,
     width=target.width,
@@ -72,11 +79,26 @@ class Setup:
 
   @classmethod
   def create(cls, config: Config) -> "Setup":
-    """Loads the target and the corpus and prepares features."""
+    """Loads the target and the corpus and prepares features.
+
+    Raises:
+      ConfigError: settings nobody could train with.
+      FileError: a corpus or feature cache that cannot be used.
+      WeightsError: a target that cannot be loaded.
+    """
     train = config.train
+    check_settings(train)
     corpus = Corpus(train.corpus)
     target, target_params = load_target(config)
     drafter = DFlash(design_drafter(config, target.config))
+    corpus.check_vocabulary(target.config.vocab_size)
+    identity = identify_target(config.target)
+    if any(answerer != identity for answerer in corpus.targets):
+      logging.warning(
+        "the corpus was answered by %s, not by %s: expect a lower tau",
+        corpus.targets,
+        identity,
+      )
     head_ids = None
     if config.drafter.draft_vocabulary:
       head_ids = corpus.frequent_tokens(
@@ -88,8 +110,13 @@ class Setup:
     )
     cache = None
     if train.feature_cache:
-      width = len(drafter.taps) * target.config.width
-      cache = FeatureCache(train.feature_cache, corpus, drafter.taps, width)
+      cache = FeatureCache(
+        train.feature_cache,
+        corpus,
+        drafter.taps,
+        len(drafter.taps) * target.config.width,
+        {"target": identity, "dtype": train.compute_dtype},
+      )
       if not cache.is_complete:
         cache.build(target, compute)
     return cls(
@@ -101,12 +128,23 @@ class Setup:
       head_ids=head_ids,
     )
 
-  def batch(self, indices: np.ndarray) -> Batch:
-    """The examples of these indices, with cached features if there are any."""
+  def batch(self, indices: np.ndarray, rows: int = 0) -> Batch:
+    """The examples of these indices, with cached features if there are any.
+
+    Args:
+      indices: i64[B].
+      rows: at least that many; those past B are empty, with nothing supervised.
+    """
     length = self.trainer.config.sequence_length
-    tokens, mask = self.corpus.batch(indices, length)
-    taps = self.cache.batch(indices, length) if self.cache else None
-    return Batch(tokens=tokens, loss_mask=mask, taps=taps)
+    arrays = list(self.corpus.batch(indices, length))
+    if self.cache:
+      arrays.append(self.cache.batch(indices, length))
+    empty = max(0, rows - len(indices))
+    tokens, mask, *taps = [
+      jnp.asarray(np.pad(x, [(0, empty)] + [(0, 0)] * (x.ndim - 1)))
+      for x in arrays
+    ]
+    return Batch(tokens=tokens, loss_mask=mask, taps=taps[0] if taps else None)
 
   def train_batch(self, step: int) -> Batch:
     """The batch of one step, a pure function of seed and step."""
@@ -115,9 +153,18 @@ class Setup:
       self.corpus.train_indices(step, config.batch_size, config.seed)
     )
 
+  @functools.cached_property
+  def evaluation(self) -> np.ndarray:
+    """Indices of the answers that are walked."""
+    split = self.corpus.held_out
+    if not split.size:
+      logging.warning("no held-out sequences: evaluating on training ones")
+      split = self.corpus.train
+    return spread(split, self.trainer.config.evaluate_sequences)
+
   def tap_scale(self) -> np.ndarray:
-    """f32[taps * D], measured on the first training examples."""
-    indices = self.corpus.train[:SCALE_EXAMPLES]
+    """f32[taps * D], measured on a few training examples."""
+    indices = spread(self.corpus.train, SCALE_EXAMPLES)
     batch = self.batch(indices)
     taps = jax.jit(Trainer.taps, static_argnums=0)(
       self.trainer, self.target_params, batch

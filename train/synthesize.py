@@ -6,80 +6,130 @@
 
 On-policy answers matter more than any other choice of training data: the same
 prompts with answers from elsewhere cost more than half of the accepted length
-(JetSpec, arXiv 2606.18394). Prompts come from files and from the target, which
-continues its own chat template's user turn. Everything drawn depends on (seed,
-prompt number) alone and is written in order, so a killed run, started again
-with the same command, ends with the same files.
+(JetSpec, arXiv 2606.18394). Prompts come from files, of which only the first
+turn is answered, and from the target, which continues its own chat template's
+user turn. Everything drawn depends on (seed, prompt number) alone and is
+written in order, so a killed run, started again with the same command, ends
+with the same files.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 
-from dflash_jax.config import Config
-from dflash_jax.generate import Completion, Session, bucket
+from dflash_jax import command
+from dflash_jax.config import Config, ConfigError, SynthesisConfig
 from dflash_jax.model import Model, load
 from dflash_jax.prompts import read_prompts
 from dflash_jax.sampling import Sampling
-from train.corpus import CorpusWriter, Example, is_held_out
-
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Run configuration, a file of configs/."
-)
+from dflash_jax.session import Completion, Session, bucket
+from dflash_jax.tokenizer import Tokenizer
+from train.corpus import CorpusWriter, Example, identify_target, is_held_out
+from train.files import FileError
 
 LOOP_TOKENS = 64  # an unfinished answer whose end repeats this long is a loop
 LOOP_PERIOD = 16
 
 
 def synthesize(config: Config) -> None:
-  """Writes the corpus of config.synthesis, or finishes a started one."""
-  settings = dataclasses.asdict(config.synthesis)
-  output = settings.pop("output")
-  writer = CorpusWriter(output, {**settings, "target": config.target.path})
-  if writer.index["complete"]:
-    logging.info("%s is complete", output)
-    return
-  source = dataclasses.replace(
-    config.target, dtype=config.synthesis.dtype
-  )
-  model = load(
-    dataclasses.replace(
-      config,
-      target=source,
-      drafter=dataclasses.replace(config.drafter, path="none"),
-    )
-  )
+  """Writes the corpus of config.synthesis, or finishes a started one.
+
+  Raises:
+    ConfigError: settings that ask for nothing, or for two sources of one name.
+    PromptError: a prompt file that cannot be used.
+    FileError: a corpus of other settings, or a disk that refuses.
+  """
+  settings = config.synthesis
+  _check_settings(settings)
   sources = {
     pathlib.Path(path).stem: [
       prompt.turns[0]
-      for prompt in read_prompts(path, config.synthesis.num_file_prompts)
+      for prompt in read_prompts(path, settings.num_file_prompts)
     ]
-    for path in config.synthesis.prompts
+    for path in settings.prompts
   }
+  writer = CorpusWriter(settings.output, _identity(config))
+  if writer.index["complete"]:
+    logging.info("%s is complete", settings.output)
+    return
+  model = load(
+    dataclasses.replace(
+      config,
+      target=dataclasses.replace(config.target, dtype=settings.dtype),
+      drafter=dataclasses.replace(config.drafter, path="none"),
+    )
+  )
   sources["self"] = write_prompts(model, writer)
-  share = config.synthesis.held_out
   for name, prompts in sources.items():
-    writer.add_held_out(name, [p for p in prompts if is_held_out(p, share)])
-  answer_prompts(model, writer, interleave(list(sources.values())))
-  writer.finish()
+    writer.add_held_out(
+      name, [p for p in prompts if is_held_out(p, settings.held_out)]
+    )
+  merged = interleave(list(sources.values()))
+  answer_prompts(model, writer, merged)
+  offered = sum(map(len, sources.values()))
+  writer.finish({"prompts": offered, "duplicates": offered - len(merged)})
 
 
-def interleave(sources: Sequence[Sequence[str]]) -> list[str]:
+def _check_settings(settings: SynthesisConfig) -> None:
+  if not settings.output:
+    raise ConfigError("synthesis.output is empty; name the corpus's directory")
+  for name in ("batch_size", "shard_sequences", "max_answer_tokens"):
+    if getattr(settings, name) < 1:
+      raise ConfigError(
+        f"synthesis.{name}={getattr(settings, name)} is impossible; use at "
+        "least 1"
+      )
+  writes = settings.num_self_prompts > 0
+  if not settings.prompts and not writes:
+    raise ConfigError(
+      "nothing to answer; set synthesis.prompts or synthesis.num_self_prompts"
+    )
+  if writes and not settings.openings:
+    raise ConfigError(
+      "synthesis.openings is empty; use ('',) to leave the target free"
+    )
+  names = ["self", *(pathlib.Path(path).stem for path in settings.prompts)]
+  for name in names:
+    if names.count(name) > 1:
+      raise ConfigError(
+        f"two prompt sources are named {name!r}, and so would be their "
+        "held-out files; rename a file of synthesis.prompts"
+      )
+
+
+def _identity(config: Config) -> dict[str, Any]:
+  """Everything the corpus depends on, wherever files lie."""
+  settings = dataclasses.asdict(config.synthesis)
+  del settings["output"]
+  settings["prompts"] = [
+    {
+      "name": pathlib.Path(path).stem,
+      "sha256": hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest(),
+    }
+    for path in config.synthesis.prompts
+  ]
+  return {**settings, "target": identify_target(config.target)}
+
+
+def interleave(sources: Iterable[Sequence[str]]) -> list[str]:
   """Merges sources evenly, dropping repeats, so that any prefix is a mix."""
   ranked = [
     ((index + 0.5) / len(source), number, prompt)
     for number, source in enumerate(sources)
     for index, prompt in enumerate(source)
   ]
-  merged = [prompt for _, _, prompt in sorted(ranked, key=lambda r: r[:2])]
-  return list(dict.fromkeys(merged))
+  merged: dict[str, str] = {}
+  for _, _, prompt in sorted(ranked, key=lambda entry: entry[:2]):
+    merged.setdefault(prompt.strip(), prompt)
+  return list(merged.values())
 
 
 # --- Prompts the target writes itself -----------------------------------------
@@ -102,18 +152,27 @@ def write_prompts(model: Model, writer: CorpusWriter) -> list[str]:
     if number < len(writer.index["prompts"]):
       progress.skip(len(part))
       continue
+    counts = {"drawn": len(part), "never_ending": 0, "empty": 0}
+    counts |= {"duplicates": 0, "kept": 0}
     kept: list[str] = []
     for start in range(0, len(part), settings.batch_size):
       rows = part[start : start + settings.batch_size]
-      replies = _write_turns(model, sampling, rows, settings.seed + first + start)
+      seed = settings.seed + first + start
+      replies = _write_turns(model, sampling, rows, seed)
       progress.update(replies)
-      for opening, reply in zip(rows, replies):
+      for opening, reply in zip(rows, replies, strict=True):
         text = (opening + reply.text).strip()
-        ended = reply.tokens[-1] in model.stop_ids
-        if ended and len(text) > len(opening.strip()) and text not in seen:
+        if reply.tokens[-1] not in model.stop_ids:
+          counts["never_ending"] += 1
+        elif len(text) <= len(opening.strip()):
+          counts["empty"] += 1
+        elif text in seen:
+          counts["duplicates"] += 1
+        else:
+          counts["kept"] += 1
           seen.add(text)
           kept.append(text)
-    writer.add_prompts(kept, {"drawn": len(part), "kept": len(kept)})
+    writer.add_prompts(kept, counts)
   progress.close()
   return writer.read_prompts()
 
@@ -123,8 +182,9 @@ def _write_turns(
 ) -> list[Completion]:
   """Continues a user turn that starts with each opening."""
   settings = model.config.synthesis
-  prefix = model.tokenizer.user_turn_prefix()
-  prompts = [model.tokenizer.encode(prefix + text) for text in openings]
+  tokenizer = _tokenizer(model)
+  prefix = tokenizer.user_turn_prefix()
+  prompts = [tokenizer.encode(prefix + text) for text in openings]
   return _decode(model, sampling, prompts, settings.prompt_tokens, seed)
 
 
@@ -154,14 +214,18 @@ def _answer_shard(
   """Answers one shard's prompts, batched by length, and filters the answers."""
   settings = model.config.synthesis
   sampling = Sampling(settings.answer_temperature, settings.answer_min_p)
+  # Noise streams of their own: prompts were drawn from the ones before.
+  seed = settings.seed + settings.num_self_prompts + first
+  tokenizer = _tokenizer(model)
   encoded = [
-    model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    tokenizer.encode_chat([{"role": "user", "content": prompt}])
     for prompt in prompts
   ]
   fitting = [
     i for i, ids in enumerate(encoded) if len(ids) <= settings.max_prompt_tokens
   ]
   fitting.sort(key=lambda i: len(encoded[i]))
+  progress.skip(len(prompts) - len(fitting))
   counts = {"prompts": len(prompts), "over_long": len(prompts) - len(fitting)}
   counts |= {"empty": 0, "never_ending": 0, "kept": 0, "answer_tokens": 0}
   examples = {}
@@ -172,10 +236,10 @@ def _answer_shard(
       sampling,
       [encoded[i] for i in rows],
       settings.max_answer_tokens,
-      settings.seed + first + start,
+      seed + start,
     )
     progress.update(replies)
-    for i, reply in zip(rows, replies):
+    for i, reply in zip(rows, replies, strict=True):
       if len(reply.tokens) < settings.min_answer_tokens:
         counts["empty"] += 1
       elif is_loop(reply.tokens, model.stop_ids):
@@ -199,6 +263,12 @@ def is_loop(tokens: Sequence[int], stop_ids: Sequence[int]) -> bool:
   return any(
     tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1)
   )
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+  if model.tokenizer is None:
+    raise ConfigError("this target has no tokenizer; it cannot answer text")
+  return model.tokenizer
 
 
 def _decode(
@@ -233,7 +303,7 @@ class Progress:
     self._start = time.perf_counter()
 
   def skip(self, prompts: int) -> None:
-    """Counts prompts that an earlier run has done."""
+    """Counts prompts that need no work now."""
     self._bar.initial += prompts
     self._bar.update(prompts)
 
@@ -249,11 +319,10 @@ class Progress:
     self._bar.close()
 
 
-def main(_) -> None:
+def main(config: Config) -> None:
   """Entry point of python -m train.synthesize."""
-  synthesize(_CONFIG.value)
+  synthesize(config)
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(main)
+  command.run(main, errors=(FileError,))
