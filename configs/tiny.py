@@ -43,7 +43,7 @@ def get_config() -> Config:
     decode=DecodeConfig(max_new_tokens=32, max_length=512),
     synthesis=SynthesisConfig(
       output="corpus/tiny",
-      num_self_prompts=96,
+      num_self_prompts=192,
       prompt_tokens=64,
       answer_temperature=1.0,
       max_answer_tokens=48,

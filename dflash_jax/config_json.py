@@ -4,14 +4,12 @@ import dataclasses
 import json
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any
 
 from dflash_jax.config import ConfigError
 
-T = TypeVar("T")
 
-
-def from_json(kind: type[T], text: str, source: str) -> T:
+def from_json[T](kind: type[T], text: str, source: str) -> T:
   """A config dataclass from the text that to_json made of it.
 
   Fields that the text lacks take their defaults, so that older records can be

@@ -124,9 +124,13 @@ class Projections(nnx.Module):
     self.key = Linear(width, kv_width, rngs=rngs, bias=bias)
     self.value = Linear(width, kv_width, rngs=rngs, bias=bias)
     self.output = Linear(num_heads * head_width, width, rngs=rngs)
-    has_norm = norm_epsilon is not None
-    self.query_norm = RMSNorm(head_width, norm_epsilon) if has_norm else None
-    self.key_norm = RMSNorm(head_width, norm_epsilon) if has_norm else None
+
+    def head_norm() -> RMSNorm | None:
+      if norm_epsilon is None:
+        return None
+      return RMSNorm(head_width, norm_epsilon)
+
+    self.query_norm, self.key_norm = head_norm(), head_norm()
 
   def queries(self, x: jax.Array, angles: jax.Array) -> jax.Array:
     """x f[B, T, D], angles f32[2, B, T, H/2] -> f32[B, T, N, H]."""
@@ -237,9 +241,9 @@ def rotary_frequencies(
     frequencies = _llama3_frequencies(frequencies, scaling)
   elif scaling is not None:
     frequencies = _yarn_frequencies(frequencies, base, scaling)
-    factor = scaling.attention_factor
-    if factor is None:
-      factor = 0.1 * math.log(scaling.factor) + 1.0
+    factor = 0.1 * math.log(scaling.factor) + 1.0
+    if scaling.attention_factor is not None:
+      factor = scaling.attention_factor
   return frequencies.astype(np.float32), factor
 
 

@@ -1,5 +1,6 @@
 """What an evaluation found: a table, a JSON file, a plot."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -85,7 +86,8 @@ def write_json(path: str, record: dict[str, Any]) -> None:
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)
   except OSError as error:
-    partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      partial.unlink()
     raise ConfigError(
       f"cannot write {path}: {error.strerror}; choose another --json_out"
     ) from error

@@ -67,7 +67,7 @@ def test_later_replies_equal_those_to_the_whole_conversation(model):
     tokens = whole_conversation(
       model.tokenizer, TURNS[: len(replies) + 1], replies
     )
-    session = Session(model, model.decoder(), 1, len(tokens) + 11, 11)
+    session = Session(model, model.decoder(), 1, 256, 11)
     (again,) = session.reply([tokens], [11])
     assert completion.tokens == again.tokens
     replies.append(completion.text)
@@ -85,7 +85,7 @@ def test_reply_that_ends_itself_continues_the_same(model):
   assert one.tokens == first.tokens[: end + 1]
   reply = model.tokenizer.decode(first.tokens[:end])
   tokens = whole_conversation(model.tokenizer, TURNS[:2], [reply])
-  session = Session(stopping, stopping.decoder(), 1, len(tokens) + 11, 11)
+  session = Session(stopping, stopping.decoder(), 1, 256, 11)
   (again,) = session.reply([tokens], [11])
   assert two.tokens == again.tokens
 

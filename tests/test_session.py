@@ -26,8 +26,8 @@ def reply(model, prompts, budgets, *, on_tokens=None, batch=None):
     model=model,
     decoder=model.decoder(),
     batch=batch or len(prompts),
-    capacity=max(map(len, prompts)) + max(budgets),
-    max_new_tokens=max(budgets),
+    capacity=LONGEST,
+    max_new_tokens=31,
   )
   return session.reply(prompts, budgets, on_tokens=on_tokens)
 
@@ -180,7 +180,7 @@ def test_streamed_tokens_are_the_reply():
 
 def test_second_turn_equals_reading_everything_again():
   model = tiny_model(VOCAB)
-  session = Session(model, model.decoder(), 2, 83, 13)
+  session = Session(model, model.decoder(), 2, LONGEST, 31)
   first = session.reply(PROMPTS[:2], [13, 5])
   later = [[7, 7], [2, 9, 2, 1, 6, 8, 8]]
   second = session.reply(
@@ -188,15 +188,13 @@ def test_second_turn_equals_reading_everything_again():
   )
   for row in range(2):
     history = PROMPTS[row] + first[row].tokens + later[row]
-    assert second[row].tokens == reread(
-      model, history, len(second[row].tokens)
-    )
+    assert second[row].tokens == reread(model, history, len(second[row].tokens))
     assert second[row].prompt_tokens == len(later[row]) + 1
 
 
 def test_row_without_a_turn_keeps_its_cache():
   model = tiny_model(VOCAB)
-  session = Session(model, model.decoder(), 2, 83, 13)
+  session = Session(model, model.decoder(), 2, LONGEST, 31)
   first = session.reply(PROMPTS[:2], [7, 7])
   session.reply([[session.pending(0), 1], []], [9, 0])
   (_, third) = session.reply([[], [session.pending(1), 2]], [0, 9])
@@ -206,7 +204,7 @@ def test_row_without_a_turn_keeps_its_cache():
 
 def test_reset_forgets():
   model = tiny_model(VOCAB)
-  session = Session(model, model.decoder(), 1, 41, 9)
+  session = Session(model, model.decoder(), 1, LONGEST, 31)
   (first,) = session.reply(PROMPTS[:1], [9])
   session.reset()
   (again,) = session.reply(PROMPTS[:1], [9])
@@ -218,7 +216,9 @@ def test_full_capacity_is_usable_and_no_more():
   session = Session(model, model.decoder(), 1, 20, 15)
   (found,) = session.reply(PROMPTS[:1], [15])
   assert found.tokens == reread(model, PROMPTS[0], 15)
-  with pytest.raises(ConfigError, match="20 tokens of prompt .* capacity of 20"):
+  with pytest.raises(
+    ConfigError, match="20 tokens of prompt .* capacity of 20"
+  ):
     session.reply([[session.pending(0)]], [1])
 
 

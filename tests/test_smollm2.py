@@ -53,7 +53,9 @@ def test_logits_and_taps_match_transformers(plain, name):
   np.testing.assert_allclose(taps, golden["taps"], atol=2e-4, rtol=2e-5)
 
 
-def decode(model: Model, prompts: list[list[int]], rows: int) -> list[list[int]]:
+def decode(
+  model: Model, prompts: list[list[int]], rows: int
+) -> list[list[int]]:
   """Replies of 100 tokens to tokenised prompts."""
   replies = []
   for first in range(0, len(prompts), rows):

@@ -1,5 +1,6 @@
 """The target against transformers, from golden files."""
 
+import functools
 import pathlib
 
 import jax
@@ -16,25 +17,43 @@ from dflash_jax.target import Target
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "targets"
 CASES = sorted(path.name for path in GOLDENS.iterdir())
+CACHE_CASES = ["llama3", "qwen2", "qwen3_yarn"]  # the cache knows no family
 TOLERANCE = 2e-4  # issue's bound for float32 against another framework
 
 
-@pytest.fixture(params=CASES)
-def case(request):
+forward = jax.jit(Target.forward, static_argnums=(0, 4))
+
+
+@functools.cache
+def load_case(name):
   """A golden model: target, parameters, truth."""
-  directory = GOLDENS / request.param
+  directory = GOLDENS / name
   config, params = weights.load_target(str(directory), "float32")
   return Target(config), params, load_file(directory / "golden.safetensors")
 
 
+@pytest.fixture(params=CASES)
+def case(request):
+  return load_case(request.param)
+
+
+@pytest.fixture(params=CACHE_CASES)
+def cache_case(request):
+  return load_case(request.param)
+
+
+def taps_of(target):
+  return tuple(range(target.config.num_layers))
+
+
 def read(target, params, tokens, pieces):
   """Feeds tokens in pieces of the given lengths, committing each."""
-  taps = tuple(range(target.config.num_layers))
+  taps = taps_of(target)
   cache = target.init_cache(tokens.shape[0], 31)
   hidden, states, first = [], [], 0
   for length in pieces:
     piece = jnp.asarray(tokens[:, first : first + length])
-    h, s, cache = target.forward(params, piece, cache, taps)
+    h, s, cache = forward(target, params, piece, cache, taps)
     cache = cache.commit(jnp.full((tokens.shape[0],), length))
     hidden.append(h)
     states.append(s)
@@ -60,10 +79,9 @@ def test_logits_and_every_layer_match_transformers(case):
   )
 
 
-def test_reading_in_pieces_changes_nothing(case):
-  target, params, golden = case
-  T = golden["tokens"].shape[1]
-  logits, _ = read(target, params, golden["tokens"], [5, 1, T - 6])
+def test_reading_in_pieces_changes_nothing(cache_case):
+  target, params, golden = cache_case
+  logits, _ = read(target, params, golden["tokens"], [6, 1, 6])
   np.testing.assert_allclose(logits, golden["logits"], atol=TOLERANCE)
 
 
@@ -82,39 +100,33 @@ def test_greedy_continuation_matches_transformers(case):
   np.testing.assert_array_equal(state.tokens[:, :M], golden["greedy"])
 
 
-def test_rejected_rows_leave_no_trace(case):
-  target, params, golden = case
-  tokens = jnp.asarray(golden["tokens"])
-  B, T = tokens.shape
+def test_rejected_rows_leave_no_trace(cache_case):
+  target, params, golden = cache_case
+  tokens, taps = jnp.asarray(golden["tokens"]), taps_of(target)
+  B, _ = tokens.shape
   cache = target.init_cache(B, 31)
-  _, _, cache = target.forward(params, tokens[:, :6], cache)
+  _, _, cache = forward(target, params, tokens[:, :6], cache, taps)
   cache = cache.commit(jnp.full((B,), 6))
-  wrong = (tokens[:, 6:10] + 1) % target.config.vocab_size
-  _, _, cache = target.forward(params, wrong, cache)
+  wrong = (tokens[:, 6:12] + 1) % target.config.vocab_size
+  _, _, cache = forward(target, params, wrong, cache, taps)
   cache = cache.commit(jnp.zeros((B,), jnp.int32))
-  hidden, _, _ = target.forward(params, tokens[:, 6:], cache)
+  hidden, _, _ = forward(target, params, tokens[:, 6:12], cache, taps)
   np.testing.assert_allclose(
-    target.logits(params, hidden), golden["logits"][:, 6:], atol=TOLERANCE
+    target.logits(params, hidden), golden["logits"][:, 6:12], atol=TOLERANCE
   )
 
 
-def test_rows_of_unequal_length_do_not_mix(case):
-  target, params, golden = case
-  tokens = jnp.asarray(golden["tokens"])
-  B, T = tokens.shape
-  cache = target.init_cache(B, 31)
-  lengths = jnp.array([3, 7])
-  _, _, cache = target.forward(params, tokens[:, :7], cache)
-  cache = cache.commit(lengths)
-  rows = jnp.stack([tokens[0, 3:8], tokens[1, 7:12]])
-  hidden, _, _ = target.forward(params, rows, cache)
+def test_rows_of_unequal_length_do_not_mix(cache_case):
+  target, params, golden = cache_case
+  tokens, taps = jnp.asarray(golden["tokens"]), taps_of(target)
+  cache = target.init_cache(2, 31)
+  _, _, cache = forward(target, params, tokens[:, :6], cache, taps)
+  cache = cache.commit(jnp.array([3, 6]))
+  rows = jnp.stack([tokens[0, 3:9], tokens[1, 6:12]])
+  hidden, _, _ = forward(target, params, rows, cache, taps)
   logits = target.logits(params, hidden)
-  np.testing.assert_allclose(
-    logits[0], golden["logits"][0, 3:8], atol=TOLERANCE
-  )
-  np.testing.assert_allclose(
-    logits[1], golden["logits"][1, 7:12], atol=TOLERANCE
-  )
+  expected = [golden["logits"][0, 3:9], golden["logits"][1, 6:12]]
+  np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
 
 
 def test_random_parameters_have_the_shapes_of_loaded_ones(case):

@@ -3,13 +3,18 @@
 import logging
 import os
 import pathlib
+import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dflash_jax.drafters import DFlash
+from dflash_jax.target import Params
 from train.files import FileError
-from train.step import TrainState
+from train.step import TrainState, fold_tap_scale
 
 
 class CheckpointError(FileError):
@@ -20,7 +25,8 @@ class Checkpoints:
   """The checkpoints/ directory of a workdir.
 
   Orbax writes into a temporary name and renames, so a killed save leaves
-  nothing that `restore` would read.
+  nothing that `restore` would read. It does not notice bytes that changed on
+  the disk later: checksums of what was saved are kept with the metrics.
   """
 
   def __init__(
@@ -55,17 +61,21 @@ class Checkpoints:
       )
     except (OSError, ValueError) as error:
       raise CheckpointError(
-        f"cannot open {self.directory}: {error}; choose another --workdir"
+        f"cannot open {self.directory}: {error}; delete the damaged "
+        "checkpoint or choose another --workdir"
       ) from error
+
+  @property
+  def _metrics(self) -> dict[int, dict[str, Any]]:
+    return {
+      checkpoint.step: checkpoint.metrics or {}
+      for checkpoint in self._checkpointer.checkpoints
+    }
 
   @property
   def taus(self) -> dict[int, float]:
     """Held-out tau of each checkpoint, by step."""
-    return {
-      checkpoint.step: checkpoint.metrics["tau"]
-      for checkpoint in self._checkpointer.checkpoints
-      if checkpoint.metrics
-    }
+    return {step: metrics["tau"] for step, metrics in self._metrics.items()}
 
   @property
   def latest_step(self) -> int | None:
@@ -89,43 +99,70 @@ class Checkpoints:
     if step == self.latest_step:
       return
     try:
-      self._checkpointer.save(step, _as_dict(state), metrics={"tau": tau})
+      self._checkpointer.save(
+        step,
+        _as_dict(state),
+        metrics={"tau": tau, "checksums": _checksums(_as_dict(state))},
+      )
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
       raise CheckpointError(
         f"cannot write checkpoint {step} under {self.directory}: {error}; free "
         "space, then continue with --resume"
       ) from error
 
-  def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-    """Reads a checkpoint.
+  def restore(self, like: TrainState) -> TrainState:
+    """Reads the newest checkpoint.
 
     Args:
-      like: arrays, or their shapes and types, of the state to expect.
-      step: of the checkpoint; the newest by default.
+      like: a state of the shapes and types to expect.
 
     Raises:
       CheckpointError: if there is none, or it does not fit `like`.
     """
-    step = self.latest_step if step is None else step
-    if step is None:
+    if self.latest_step is None:
       raise CheckpointError(
         f"{self.directory} holds no checkpoint; start without --resume"
       )
-    known = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-    if step not in known:
+    abstract = jax.tree.map(_abstract, _as_dict(like))
+    return TrainState(**self._load(self.latest_step, abstract))
+
+  def restore_drafter(self, drafter: DFlash, step: int) -> Params:
+    """Reads the drafter proper out of a checkpoint, its masters folded.
+
+    Raises:
+      CheckpointError: if there is none of that step, or it does not fit.
+    """
+    if step not in self.taus:
       raise CheckpointError(
-        f"{self.directory} holds no checkpoint of step {step}; it has {known}"
+        f"{self.directory} holds no checkpoint of step {step}; it has "
+        f"{sorted(self.taus)}"
       )
+    params = jax.eval_shape(drafter.init, jax.random.key(0))
+    width, _ = params["context_projection"]["kernel"].shape
+    scale = jax.ShapeDtypeStruct((width,), jnp.float32)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # without the optimizer
+    with context:
+      loaded = self._load(
+        step, jax.tree.map(_abstract, {"params": params, "tap_scale": scale})
+      )
+    return fold_tap_scale(loaded["params"], loaded["tap_scale"])
+
+  def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     try:
-      loaded = self._checkpointer.load(
-        step, jax.tree.map(_abstract, _as_dict(like))
-      )
+      loaded = self._checkpointer.load(step, abstract)
     except (OSError, ValueError, KeyError, TypeError) as error:
-      raise CheckpointError(
-        f"cannot read checkpoint {step} under {self.directory}: {error}; "
-        "delete it to continue from the one before"
-      ) from error
-    return TrainState(**loaded)
+      raise self._cannot_read(step, error) from error
+    saved = self._metrics[step].get("checksums", {})
+    if _checksums(loaded) != {name: saved.get(name) for name in loaded}:
+      raise self._cannot_read(step, "its bytes are not those that were saved")
+    return loaded
+
+  def _cannot_read(self, step: int, why: object) -> CheckpointError:
+    return CheckpointError(
+      f"cannot read checkpoint {step} under {self.directory}: {why}; delete it "
+      "to continue from the one before"
+    )
 
   def close(self) -> None:
     """Waits for pending work."""
@@ -142,9 +179,7 @@ def quieten_orbax() -> None:
   def is_news(record: logging.LogRecord) -> bool:
     if f"{os.sep}orbax{os.sep}" not in record.pathname:
       return True
-    return (
-      record.levelno >= logging.WARNING and record.filename != "future.py"
-    )
+    return record.levelno >= logging.WARNING and record.filename != "future.py"
 
   logging.getLogger("absl").addFilter(is_news)
 
@@ -156,6 +191,17 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     "optimizer": state.optimizer,
     "tap_scale": state.tap_scale,
   }
+
+
+def _checksums(tree: dict[str, Any]) -> dict[str, int]:
+  """One number for all the bytes under each name."""
+  checksums = {}
+  for name, part in tree.items():
+    checksum = 0
+    for leaf in jax.tree.leaves(part):
+      checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+    checksums[name] = checksum
+  return checksums
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -130,9 +130,7 @@ class CorpusWriter:
 
   def add_held_out(self, name: str, prompts: Sequence[str]) -> None:
     """Writes the held-out prompts of one source, for eval.main."""
-    write_whole(
-      self.directory / f"held_out-{name}.jsonl", _json_lines(prompts)
-    )
+    write_whole(self.directory / f"held_out-{name}.jsonl", _json_lines(prompts))
 
   def finish(self, merged: dict[str, int]) -> None:
     """Marks the corpus complete and totals its counts.
@@ -327,8 +325,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, Any]:
   index = read_json(path, _BEGIN_AGAIN)
   if index.get("format") != FORMAT:
     raise CorpusError(
-      f"{path} has format {index.get('format')!r}, not {FORMAT}; "
-      f"{_BEGIN_AGAIN}"
+      f"{path} has format {index.get('format')!r}, not {FORMAT}; {_BEGIN_AGAIN}"
     )
   is_sound = (
     isinstance(index.get("settings"), dict)
@@ -347,8 +344,9 @@ def _is_entry(entry: Any) -> bool:
   if not isinstance(entry, dict):
     return False
   name, checksum = entry.get("file"), entry.get("sha256")
-  is_text = isinstance(name, str) and isinstance(checksum, str)
-  return is_text and name == pathlib.PurePath(name).name
+  if not isinstance(name, str) or not isinstance(checksum, str):
+    return False
+  return name == pathlib.PurePath(name).name
 
 
 def _read_checked(directory: pathlib.Path, entry: dict[str, Any]) -> bytes:

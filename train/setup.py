@@ -162,7 +162,7 @@ class Setup:
       split = self.corpus.train
     return spread(split, self.trainer.config.evaluate_sequences)
 
-  def tap_scale(self) -> np.ndarray:
+  def tap_scale(self) -> jax.Array:
     """f32[taps * D], measured on a few training examples."""
     indices = spread(self.corpus.train, SCALE_EXAMPLES)
     batch = self.batch(indices)
@@ -171,4 +171,4 @@ class Setup:
     )
     lengths = np.minimum(self.corpus.lengths[indices], batch.tokens.shape[1])
     valid = np.arange(batch.tokens.shape[1]) < lengths[:, None]
-    return measure_tap_scale(np.asarray(taps), valid)
+    return jnp.asarray(measure_tap_scale(np.asarray(taps), valid))

@@ -153,8 +153,8 @@ class Trainer:
       optimizer=optimizer,
     )
     metrics = summarize(sums) | {
-      "gradient_norm": optax.global_norm(gradients),
-      "update_norm": optax.global_norm(updates),
+      "gradient_norm": optax.tree.norm(gradients),
+      "update_norm": optax.tree.norm(updates),
     }
     return new_state, metrics
 

@@ -1,7 +1,7 @@
-"""Writes a corpus in which the target answers prompts itself.
+r"""Writes a corpus in which the target answers prompts itself.
 
-    python -m train.synthesize --config=configs/smollm2_135m_cpu.py \\
-        --config.synthesis.prompts='("questions.jsonl",)' \\
+    python -m train.synthesize --config=configs/smollm2_135m_cpu.py \
+        --config.synthesis.prompts='("questions.jsonl",)' \
         --config.synthesis.output=corpus
 
 On-policy answers matter more than any other choice of training data: the same

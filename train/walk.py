@@ -41,7 +41,7 @@ def walk(right: np.ndarray, loss_mask: np.ndarray) -> Walk:
   accepted: list[int] = []
   ratios: list[float] = []
   emitted_total = 0
-  for row_runs, row_mask in zip(runs, loss_mask):
+  for row_runs, row_mask in zip(runs, loss_mask, strict=True):
     answer = np.flatnonzero(row_mask)
     if len(answer) < 2:
       continue

