@@ -38,7 +38,7 @@ demo: $(READY)  ## decode three prompts with and without the drafter
 	  --prompts=configs/demo_prompts.jsonl --compare
 
 test: $(READY)  ## run the tests; ARGS='-k name' picks some
-	@JAX_PLATFORMS=cpu $(PY) -m pytest $(ARGS)
+	@JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## run the long proofs that `make test` leaves out
 	@JAX_PLATFORMS=cpu $(PY) -m pytest -m slow $(ARGS)

@@ -88,6 +88,7 @@ class Decoder:
   dtype: str = "float32"
   early_exit: bool = False
 
+  @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
   def init_state(
     self, batch: int, capacity: int, max_new_tokens: int
   ) -> DecodeState:
@@ -118,6 +119,7 @@ class Decoder:
     """Cache slots needed past prompt + reply, for rows written but rejected."""
     return max(chunk, self.num_drafts + 1)
 
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def begin(
     self, state: DecodeState, budget: jax.Array, seeds: jax.Array
   ) -> DecodeState:
@@ -125,9 +127,9 @@ class Decoder:
     return dataclasses.replace(
       state,
       count=jnp.zeros_like(state.count),
-      budget=jnp.asarray(budget, jnp.int32),
-      done=jnp.asarray(budget) <= 0,
-      seeds=jnp.asarray(seeds, jnp.uint32),
+      budget=budget.astype(jnp.int32),
+      done=budget <= 0,
+      seeds=seeds.astype(jnp.uint32),
       rounds=jnp.zeros_like(state.rounds),
       accepted=jnp.zeros_like(state.accepted),
     )

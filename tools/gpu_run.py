@@ -30,6 +30,7 @@ SHOWN = (
   "transformers",
 )
 PACKAGE = "package:"
+NO_TARGET = 3  # exit code
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument(
     "command",
-    choices=("check", "target", "rate", "pack", "unpack", "summary"),
+    choices=("check", "rate", "pack", "unpack", "summary"),
   )
   parser.add_argument("paths", nargs="*")
   for name in ("config", "state", "workdir", "archive", "out", "command_line"):
@@ -68,15 +69,15 @@ def _check(options: argparse.Namespace) -> str:
       return f"{program} does not start here: {error}"
   import jax
 
+  state = pathlib.Path(options.state)
   device = jax.devices()[0]
-  machine = {
+  machine: dict[str, Any] = {
     "device": f"{jax.device_count()} x {device.device_kind}",
     "driver": _read_driver(),
     "python": platform.python_version(),
     "versions": {name: _version(name) for name in SHOWN},
   }
-  place = pathlib.Path(options.state) / "machine" / "machine.json"
-  place.write_text(json.dumps(machine))
+  (state / "machine" / "machine.json").write_text(json.dumps(machine))
   found = (f"{k} {v}" for k, v in machine["versions"].items() if v)
   print(f"{machine['device']}, driver {machine['driver']}")
   print(f"Python {machine['python']}, {', '.join(found)}")
@@ -85,6 +86,8 @@ def _check(options: argparse.Namespace) -> str:
       f"JAX finds no GPU here, only {device.platform}; install jax[cuda13], or "
       "try the script with --cpu"
     )
+  target = _find_target(options.config, state)
+  (state / "machine" / "target").write_text(target)
   return ""
 
 
@@ -124,22 +127,23 @@ def _read_driver() -> str:
   return found.stdout.split("\n")[0].strip() or "none"
 
 
-def _target(options: argparse.Namespace) -> str:
-  """Prints the .gguf to use instead of a package that is not installed."""
+def _find_target(config: str, state: pathlib.Path) -> str:
+  """The .gguf to use instead of a package that is not installed, or ""."""
   from dflash_jax import config_file
 
-  path = config_file.read(options.config).target.path
+  path = config_file.read(config).target.path
   package = path.removeprefix(PACKAGE)
   if package == path or _version(package):
     return ""
-  found = sorted((pathlib.Path(options.state) / "inputs").rglob("*.gguf"))
+  found = sorted((state / "inputs").rglob("*.gguf"))
   if not found:
-    return (
+    print(
       f"the target is in the package {package}, which is not installed; carry "
-      "its wheel, or the .gguf file in it (docs/gpu.md)"
+      "its wheel, or the .gguf file in it (docs/gpu.md)",
+      file=sys.stderr,
     )
-  print(found[0])
-  return ""
+    sys.exit(NO_TARGET)
+  return str(found[0])
 
 
 # --- Archives -----------------------------------------------------------------

@@ -172,14 +172,14 @@ class Checkpoints:
 def quieten_orbax() -> None:
   """Keeps orbax's running commentary off the screen; warnings stay.
 
-  Its background threads also log, at length, what they raise: the caller gets
-  the same exception.
+  Its background threads also log, at length, what they raise; the caller gets
+  the same exceptions.
   """
 
   def is_news(record: logging.LogRecord) -> bool:
     if f"{os.sep}orbax{os.sep}" not in record.pathname:
       return True
-    return record.levelno >= logging.WARNING and record.filename != "future.py"
+    return record.levelno >= logging.WARNING and not record.exc_info
 
   logging.getLogger("absl").addFilter(is_news)
 

@@ -138,7 +138,6 @@ def interleave(sources: Iterable[Sequence[str]]) -> list[str]:
 def write_prompts(model: Model, writer: CorpusWriter) -> list[str]:
   """Samples user turns until num_self_prompts were drawn; returns the kept."""
   settings = model.config.synthesis
-  sampling = Sampling(settings.prompt_temperature, settings.prompt_min_p)
   openings = list(
     itertools.islice(
       itertools.cycle(settings.openings), settings.num_self_prompts
@@ -146,42 +145,54 @@ def write_prompts(model: Model, writer: CorpusWriter) -> list[str]:
   )
   size = settings.shard_sequences
   seen = set(writer.read_prompts())
-  progress = Progress("prompts", len(openings))
-  for number, first in enumerate(range(0, len(openings), size)):
-    part = openings[first : first + size]
-    if number < len(writer.index["prompts"]):
-      progress.skip(len(part))
-      continue
-    counts = {"drawn": len(part), "never_ending": 0, "empty": 0}
-    counts |= {"duplicates": 0, "kept": 0}
-    kept: list[str] = []
-    for start in range(0, len(part), settings.batch_size):
-      rows = part[start : start + settings.batch_size]
-      seed = settings.seed + first + start
-      replies = _write_turns(model, sampling, rows, seed)
-      progress.update(replies)
-      for opening, reply in zip(rows, replies, strict=True):
-        text = (opening + reply.text).strip()
-        if reply.tokens[-1] not in model.stop_ids:
-          counts["never_ending"] += 1
-        elif len(text) <= len(opening.strip()):
-          counts["empty"] += 1
-        elif text in seen:
-          counts["duplicates"] += 1
-        else:
-          counts["kept"] += 1
-          seen.add(text)
-          kept.append(text)
-    writer.add_prompts(kept, counts)
-  progress.close()
+  with Progress("prompts", len(openings)) as progress:
+    for number, first in enumerate(range(0, len(openings), size)):
+      part = openings[first : first + size]
+      if number < len(writer.index["prompts"]):
+        progress.skip(len(part))
+        continue
+      kept, counts = _write_part(model, part, first, seen, progress)
+      writer.add_prompts(kept, counts)
   return writer.read_prompts()
 
 
+def _write_part(
+  model: Model,
+  openings: Sequence[str],
+  first: int,
+  seen: set[str],
+  progress: "Progress",
+) -> tuple[list[str], dict[str, int]]:
+  """Continues some openings, in batches; adds what it keeps to `seen`."""
+  settings = model.config.synthesis
+  counts = {"drawn": len(openings), "never_ending": 0, "empty": 0}
+  counts |= {"duplicates": 0, "kept": 0}
+  kept: list[str] = []
+  for start in range(0, len(openings), settings.batch_size):
+    rows = openings[start : start + settings.batch_size]
+    replies = _write_turns(model, rows, settings.seed + first + start)
+    progress.update(replies)
+    for opening, reply in zip(rows, replies, strict=True):
+      text = (opening + reply.text).strip()
+      if reply.tokens[-1] not in model.stop_ids:
+        counts["never_ending"] += 1
+      elif len(text) <= len(opening.strip()):
+        counts["empty"] += 1
+      elif text in seen:
+        counts["duplicates"] += 1
+      else:
+        counts["kept"] += 1
+        seen.add(text)
+        kept.append(text)
+  return kept, counts
+
+
 def _write_turns(
-  model: Model, sampling: Sampling, openings: Sequence[str], seed: int
+  model: Model, openings: Sequence[str], seed: int
 ) -> list[Completion]:
   """Continues a user turn that starts with each opening."""
   settings = model.config.synthesis
+  sampling = Sampling(settings.prompt_temperature, settings.prompt_min_p)
   tokenizer = _tokenizer(model)
   prefix = tokenizer.user_turn_prefix()
   prompts = [tokenizer.encode(prefix + text) for text in openings]
@@ -197,15 +208,14 @@ def answer_prompts(
   """Answers prompts shard by shard, from the first shard not yet written."""
   settings = model.config.synthesis
   size = settings.shard_sequences
-  progress = Progress("answers", len(prompts))
-  for number, first in enumerate(range(0, len(prompts), size)):
-    part = prompts[first : first + size]
-    if number < len(writer.index["shards"]):
-      progress.skip(len(part))
-      continue
-    examples, counts = _answer_shard(model, part, first, progress)
-    writer.add_shard(examples, counts)
-  progress.close()
+  with Progress("answers", len(prompts)) as progress:
+    for number, first in enumerate(range(0, len(prompts), size)):
+      part = prompts[first : first + size]
+      if number < len(writer.index["shards"]):
+        progress.skip(len(part))
+        continue
+      examples, counts = _answer_shard(model, part, first, progress)
+      writer.add_shard(examples, counts)
 
 
 def _answer_shard(
@@ -302,6 +312,9 @@ class Progress:
     self._tokens = 0
     self._start = time.perf_counter()
 
+  def __enter__(self) -> "Progress":
+    return self
+
   def skip(self, prompts: int) -> None:
     """Counts prompts that need no work now."""
     self._bar.initial += prompts
@@ -314,8 +327,7 @@ class Progress:
     self._bar.set_postfix_str(f"{rate:.0f} tokens/s")
     self._bar.update(len(replies))
 
-  def close(self) -> None:
-    """Ends the bar."""
+  def __exit__(self, *_: object) -> None:
     self._bar.close()
 
 

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import pathlib
 import resource
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dflash_jax.config import TrainConfig
 from dflash_jax.decode import Decoder
@@ -149,7 +151,20 @@ def small_files():
   return limit
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> pathlib.Path:
-  """Compiled code that programs of the tests share."""
-  return tmp_path_factory.mktemp("compiled")
+@pytest.fixture(scope="package", autouse=True)
+def compiled(tmp_path_factory) -> Iterator[pathlib.Path]:
+  """Compiled code that the tests share with the programs they run."""
+  path = tmp_path_factory.mktemp("compiled")
+  settings = {
+    "jax_compilation_cache_dir": str(path),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield path
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

@@ -39,11 +39,6 @@ def run(
     kill_when: sends SIGKILL as soon as this is true.
     file_limit: most bytes of a file it may write, like a full disk.
   """
-
-  def limit() -> None:
-    if file_limit is not None:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
   process = subprocess.Popen(
     [sys.executable, "-m", module, *arguments],
     cwd=ROOT,
@@ -51,8 +46,10 @@ def run(
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    preexec_fn=limit,
   )
+  if file_limit is not None:  # long before it has read its imports
+    limits = (file_limit, file_limit)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
   deadline = time.monotonic() + TIMEOUT
   if kill_when is not None:
     while process.poll() is None and not kill_when():

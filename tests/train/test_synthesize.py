@@ -71,23 +71,35 @@ def index(directory: pathlib.Path) -> dict:
 # --- Whole runs ---------------------------------------------------------------
 
 
-def test_a_run_killed_twice_ends_with_the_same_bytes(
+def test_a_run_killed_and_then_out_of_disk_ends_with_the_same_bytes(
   questions, output, compiled, tmp_path
 ):
   whole = index(output)
   assert len(whole["prompts"]) == 3 and len(whole["shards"]) >= 3
-  for kind in ("prompts", "shards"):
-    result = run(
-      "train.synthesize",
-      *command(questions, tmp_path),
-      cache=compiled,
-      kill_when=lambda kind=kind: bool(index(tmp_path).get(kind)),
-    )
-    assert result.returncode == -9
-    stopped = index(tmp_path)
-    assert stopped[kind] == whole[kind][: len(stopped[kind])]
-    assert not stopped["complete"]
   arguments = command(questions, tmp_path)
+  killed = run(
+    "train.synthesize",
+    *arguments,
+    cache=compiled,
+    kill_when=lambda: bool(index(tmp_path).get("prompts")),
+  )
+  assert killed.returncode == -9
+  stopped = index(tmp_path)
+  first = len(stopped["prompts"])
+  assert stopped["prompts"] == whole["prompts"][:first]
+  assert first < 3 and not stopped["shards"]
+
+  # The index outgrows the limit with the first shard.
+  limit = len(json.dumps(whole | {"shards": []}, indent=1)) - 100
+  full = run("train.synthesize", *arguments, cache=compiled, file_limit=limit)
+  line = failed_clearly(full)
+  assert "cannot write" in line and "run the same command again" in line
+  assert not list(tmp_path.glob("*.partial"))
+  stopped = index(tmp_path)
+  for kind in ("prompts", "shards"):
+    assert stopped[kind] == whole[kind][: len(stopped[kind])]
+  assert len(stopped["shards"]) < len(whole["shards"])
+
   result = run("train.synthesize", *arguments, cache=compiled)
   assert result.returncode == 0, result.stderr
   assert contents(tmp_path) == contents(output)
@@ -149,20 +161,6 @@ def test_a_complete_corpus_is_left_alone(questions, output):
   assert contents(output) == before
 
 
-def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(
-  questions, output, compiled, tmp_path
-):
-  arguments = command(questions, tmp_path)
-  result = run("train.synthesize", *arguments, cache=compiled, file_limit=1500)
-  line = failed_clearly(result)
-  assert "cannot write" in line and "run the same command again" in line
-  assert not list(tmp_path.glob("*.partial"))
-  stopped = index(tmp_path)
-  whole = index(output)
-  for kind in ("prompts", "shards"):
-    assert stopped[kind] == whole[kind][: len(stopped[kind])]
-
-
 # --- Settings -----------------------------------------------------------------
 
 
@@ -215,7 +213,9 @@ def test_other_settings_prompts_or_target_are_refused(
 def test_settings_that_cannot_be_are_named(
   questions, tmp_path, overrides, message
 ):
-  config = configured(questions, tmp_path / "out", **overrides)
+  config = configured(questions, tmp_path / "out")
+  for name, value in overrides.items():
+    setattr(config.synthesis, name, value)
   with pytest.raises(ConfigError, match=message):
     synthesize(config)
   assert not (tmp_path / "out").exists()
