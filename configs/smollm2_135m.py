@@ -2,16 +2,19 @@
 
     python -m dflash_jax --config=configs/smollm2_135m.py --prompt "Hello!"
 
-README.md has the speed and accepted length to expect.
+docs/default_drafter.md has the speed and accepted length to expect.
 """
+
+import pathlib
 
 from dflash_jax.config import (
   SMOLLM2_PACKAGE,
   Config,
-  DecodeConfig,
   DraftConfig,
   TargetSource,
 )
+
+DRAFTER = pathlib.Path(__file__).parents[1] / "checkpoints" / "smollm2_135m"
 
 
 def get_config() -> Config:
@@ -19,6 +22,5 @@ def get_config() -> Config:
   return Config(
     name="smollm2_135m",
     target=TargetSource(path=SMOLLM2_PACKAGE),
-    drafter=DraftConfig(path="none", mask_token_id=16),
-    decode=DecodeConfig(),
+    drafter=DraftConfig(path=str(DRAFTER)),
   )

@@ -10,7 +10,6 @@ docs/default_drafter.md has what to expect, measured.
 from dflash_jax.config import (
   SMOLLM2_PACKAGE,
   Config,
-  DecodeConfig,
   DraftConfig,
   SynthesisConfig,
   TargetSource,
@@ -30,7 +29,6 @@ def get_config() -> Config:
       mask_token_id=16,
       draft_vocabulary=8192,
     ),
-    decode=DecodeConfig(verify_width=4),
     synthesis=SynthesisConfig(
       output="corpus/smollm2_135m_cpu",
       num_self_prompts=3584,

@@ -248,7 +248,7 @@ class DecodeConfig:
     max_new_tokens: budget of a request, exact.
     batch_size: rows decoded together.
     verify_width: drafts verified per round, at most block_size - 1; 0 takes
-      all. A round costs more the wider it is; see docs/decoding.md.
+      the device's default, model.VERIFY_WIDTHS.
     rounds_per_dispatch: R, rounds inside one jitted call.
     prefill_chunk: longest prompt piece per call, in tokens; shorter prompts
       are padded to a power of two.

@@ -23,6 +23,7 @@ from train.setup import Setup
 from train.step import TrainState, fold_tap_scale
 from train.walk import Walk, walk
 
+INIT_STREAM = 2**31  # noise of the first weights; steps draw from 0, 1, ...
 EVALUATION_BATCH = 4  # held-out sequences per call, all anchors at once
 
 
@@ -54,7 +55,8 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
   trainer = setup.trainer
   ids = None if setup.head_ids is None else tuple(setup.head_ids.tolist())
   run = Run(setup.corpus.checksum, trainer.drafter.config, ids)
-  state = trainer.init_state(jax.random.key(settings.seed), setup.tap_scale())
+  key = jax.random.fold_in(jax.random.key(settings.seed), INIT_STREAM)
+  state = trainer.init_state(key, setup.tap_scale())
   if resume:
     check_same_run(workdir, run)
     state = checkpoints.restore(state)
