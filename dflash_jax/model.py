@@ -15,7 +15,6 @@ from dflash_jax.sampling import GREEDY, Sampling
 from dflash_jax.target import Params, Target
 from dflash_jax.tokenizer import Tokenizer, load_tokenizer
 
-
 # Drafts worth verifying per round, by device; docs/default_drafter.md has the
 # measurement. Devices not named verify the whole block.
 VERIFY_WIDTHS = {"cpu": 4}

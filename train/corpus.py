@@ -9,14 +9,11 @@ Every file is written whole or not at all, and counts only once the index names
 it: a killed run leaves nothing half-written that could be read back.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
-import json
-import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,36 +22,15 @@ import safetensors.numpy
 from absl import logging
 
 from dflash_jax.config import ConfigError, TargetSource
-from train.files import FileError, make_directory, read_json, write_whole
+from train.files import FileError, read_json
 
 FORMAT = 1
-_INDEX = "index.json"
-_BEGIN_AGAIN = "delete the corpus and run train.synthesize again"
+INDEX = "index.json"
+BEGIN_AGAIN = "delete the corpus and run train.synthesize again"
 
 
 class CorpusError(FileError):
   """A corpus that cannot be used; the message names file and remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """One prompt and the target's answer.
-
-  Attributes:
-    tokens: i32[T], prompt then answer.
-    prompt_length: tokens of the prompt; the answer's are supervised.
-    held_out: kept for evaluation.
-  """
-
-  tokens: np.ndarray
-  prompt_length: int
-  held_out: bool
-
-
-def is_held_out(prompt: str, share: float) -> bool:
-  """Whether a prompt belongs to the held-out split, by its hash alone."""
-  digest = hashlib.blake2b(prompt.strip().encode(), digest_size=8).digest()
-  return int.from_bytes(digest, "big") < share * 2**64
 
 
 def identify_target(source: TargetSource) -> Any:
@@ -63,122 +39,6 @@ def identify_target(source: TargetSource) -> Any:
     return source.path
   network = source.random and dataclasses.asdict(source.random)
   return {"random": network, "seed": source.seed}
-
-
-# --- Writing ------------------------------------------------------------------
-
-
-class CorpusWriter:
-  """Adds files to a corpus, in an order that a restart can repeat."""
-
-  def __init__(
-    self, directory: str | os.PathLike[str], settings: dict[str, Any]
-  ):
-    """Opens or creates a corpus.
-
-    Raises:
-      CorpusError: if the directory holds a corpus made with other settings.
-    """
-    self.directory = make_directory(directory)
-    settings = json.loads(json.dumps(settings))  # tuples become lists
-    self.index: dict[str, Any] = {
-      "format": FORMAT,
-      "settings": settings,
-      "prompts": [],
-      "shards": [],
-      "complete": False,
-    }
-    if (self.directory / _INDEX).exists():
-      self.index = _read_index(self.directory)
-    if self.index["settings"] != settings:
-      raise CorpusError(
-        f"{directory} holds a corpus made with other settings "
-        f"({_difference(self.index['settings'], settings)}); choose another "
-        "synthesis.output or delete it"
-      )
-
-  def add_prompts(self, prompts: Sequence[str], counts: dict[str, int]) -> None:
-    """Adds a file of self-written prompts; counts says what was drawn."""
-    name = f"prompts-{len(self.index['prompts']):05d}.jsonl"
-    self._add("prompts", name, _json_lines(prompts), counts)
-
-  def read_prompts(self) -> list[str]:
-    """All self-written prompts so far, in order."""
-    texts = []
-    for entry in self.index["prompts"]:
-      data = _read_checked(self.directory, entry)
-      texts += [json.loads(line)["prompt"] for line in data.splitlines()]
-    return texts
-
-  def add_shard(
-    self, examples: Sequence[Example], counts: dict[str, int]
-  ) -> None:
-    """Adds a shard; counts says what was answered and why some were dropped."""
-    name = f"shard-{len(self.index['shards']):05d}.safetensors"
-    lengths = np.array([len(e.tokens) for e in examples], np.int64)
-    masks = [np.arange(len(e.tokens)) >= e.prompt_length for e in examples]
-    none = [np.zeros((0,), np.int32)]
-    data = safetensors.numpy.save(
-      {
-        "tokens": np.concatenate(none + [e.tokens for e in examples]),
-        "loss_mask": np.concatenate(none + masks).astype(np.uint8),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
-        "held_out": np.array([e.held_out for e in examples], np.uint8),
-      }
-    )
-    self._add("shards", name, data, counts)
-
-  def add_held_out(self, name: str, prompts: Sequence[str]) -> None:
-    """Writes the held-out prompts of one source, for eval.main."""
-    write_whole(self.directory / f"held_out-{name}.jsonl", _json_lines(prompts))
-
-  def finish(self, merged: dict[str, int]) -> None:
-    """Marks the corpus complete and totals its counts.
-
-    Args:
-      merged: what happened between writing prompts and answering them.
-    """
-    self.index["totals"] = {
-      "self_written": _sum_counts(self.index["prompts"]),
-      "merged": merged,
-      "answered": _sum_counts(self.index["shards"]),
-    }
-    self.index["complete"] = True
-    self._write_index()
-
-  def _add(
-    self, kind: str, name: str, data: bytes, counts: dict[str, int]
-  ) -> None:
-    write_whole(self.directory / name, data)
-    checksum = hashlib.sha256(data).hexdigest()
-    self.index[kind].append({"file": name, "sha256": checksum, **counts})
-    self._write_index()
-
-  def _write_index(self) -> None:
-    text = json.dumps(self.index, indent=1)
-    write_whole(self.directory / _INDEX, text.encode())
-
-
-def _json_lines(prompts: Iterable[str]) -> bytes:
-  return "".join(json.dumps({"prompt": p}) + "\n" for p in prompts).encode()
-
-
-def _sum_counts(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
-  total: collections.Counter[str] = collections.Counter()
-  for entry in entries:
-    total.update({k: v for k, v in entry.items() if isinstance(v, int)})
-  return dict(total)
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-  """The first setting that differs, with both values."""
-  for name in sorted(old.keys() | new.keys()):
-    if old.get(name) != new.get(name):
-      return f"{name}: {old.get(name)!r}, now {new.get(name)!r}"
-  return "none"
-
-
-# --- Reading ------------------------------------------------------------------
 
 
 class Corpus:
@@ -201,7 +61,7 @@ class Corpus:
         "no corpus given; set train.corpus to a directory that "
         "train.synthesize wrote"
       )
-    indices = [_read_index(pathlib.Path(path)) for path in directories]
+    indices = [read_index(pathlib.Path(path)) for path in directories]
     entries = [e["sha256"] for index in indices for e in index["shards"]]
     self.checksum = hashlib.sha256("".join(entries).encode()).hexdigest()
     self.targets = [index["settings"].get("target") for index in indices]
@@ -315,17 +175,23 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
   return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def _read_index(directory: pathlib.Path) -> dict[str, Any]:
-  path = directory / _INDEX
+def read_index(directory: pathlib.Path) -> dict[str, Any]:
+  """The index of a corpus.
+
+  Raises:
+    CorpusError: if there is none, or of another format.
+    FileError: if it is damaged.
+  """
+  path = directory / INDEX
   if not path.is_file():
     raise CorpusError(
-      f"{directory} holds no corpus (no {_INDEX}); run "
+      f"{directory} holds no corpus (no {INDEX}); run "
       "python -m train.synthesize first"
     )
-  index = read_json(path, _BEGIN_AGAIN)
+  index = read_json(path, BEGIN_AGAIN)
   if index.get("format") != FORMAT:
     raise CorpusError(
-      f"{path} has format {index.get('format')!r}, not {FORMAT}; {_BEGIN_AGAIN}"
+      f"{path} has format {index.get('format')!r}, not {FORMAT}; {BEGIN_AGAIN}"
     )
   is_sound = (
     isinstance(index.get("settings"), dict)
@@ -336,7 +202,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, Any]:
     )
   )
   if not is_sound:
-    raise CorpusError(f"{path} is damaged (missing fields); {_BEGIN_AGAIN}")
+    raise CorpusError(f"{path} is damaged (missing fields); {BEGIN_AGAIN}")
   return index
 
 
@@ -349,7 +215,7 @@ def _is_entry(entry: Any) -> bool:
   return name == pathlib.PurePath(name).name
 
 
-def _read_checked(directory: pathlib.Path, entry: dict[str, Any]) -> bytes:
+def read_checked(directory: pathlib.Path, entry: dict[str, Any]) -> bytes:
   """A file the index names, if its checksum holds.
 
   Raises:
@@ -357,11 +223,11 @@ def _read_checked(directory: pathlib.Path, entry: dict[str, Any]) -> bytes:
   """
   path = directory / entry["file"]
   if not path.is_file():
-    raise CorpusError(f"{path} is missing; {_BEGIN_AGAIN}")
+    raise CorpusError(f"{path} is missing; {BEGIN_AGAIN}")
   data = path.read_bytes()
   if hashlib.sha256(data).hexdigest() != entry["sha256"]:
     raise CorpusError(
-      f"{path} does not match its checksum in {_INDEX}; {_BEGIN_AGAIN}"
+      f"{path} does not match its checksum in {INDEX}; {BEGIN_AGAIN}"
     )
   return data
 
@@ -383,7 +249,7 @@ def _read_shards(
 def _read_shard(
   directory: pathlib.Path, entry: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-  data = _read_checked(directory, entry)
+  data = read_checked(directory, entry)
   path = directory / entry["file"]
   try:
     shard = safetensors.numpy.load(data)
@@ -399,9 +265,9 @@ def _read_shard(
       and bool((np.diff(offsets) > 0).all())
     )
   except (safetensors.SafetensorError, KeyError) as error:
-    raise CorpusError(f"{path} is no shard ({error}); {_BEGIN_AGAIN}") from (
+    raise CorpusError(f"{path} is no shard ({error}); {BEGIN_AGAIN}") from (
       error
     )
   if not is_sound:
-    raise CorpusError(f"{path} contradicts itself; {_BEGIN_AGAIN}")
+    raise CorpusError(f"{path} contradicts itself; {BEGIN_AGAIN}")
   return shard

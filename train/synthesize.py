@@ -32,7 +32,8 @@ from dflash_jax.prompts import read_prompts
 from dflash_jax.sampling import Sampling
 from dflash_jax.session import Completion, Session, bucket
 from dflash_jax.tokenizer import Tokenizer
-from train.corpus import CorpusWriter, Example, identify_target, is_held_out
+from train.corpus import identify_target
+from train.corpus_writer import CorpusWriter, Example, is_held_out
 from train.files import FileError
 
 LOOP_TOKENS = 64  # an unfinished answer whose end repeats this long is a loop

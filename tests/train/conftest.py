@@ -18,7 +18,8 @@ from dflash_jax.drafters import DFlash, NoDrafter
 from dflash_jax.model import Model, borrow
 from dflash_jax.session import Session
 from tests.testing import tiny_drafter_config, tiny_model
-from train.corpus import Corpus, CorpusWriter, Example
+from train.corpus import Corpus
+from train.corpus_writer import CorpusWriter, Example
 from train.setup import Setup
 from train.step import Trainer, TrainState
 

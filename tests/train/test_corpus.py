@@ -10,15 +10,8 @@ import safetensors.numpy
 
 from dflash_jax.config import ConfigError, TargetSource
 from tests.testing import tiny_target_config
-from train.corpus import (
-  Corpus,
-  CorpusError,
-  CorpusWriter,
-  Example,
-  identify_target,
-  is_held_out,
-  spread,
-)
+from train.corpus import Corpus, CorpusError, identify_target, spread
+from train.corpus_writer import CorpusWriter, Example, is_held_out
 from train.files import FileError
 
 SETTINGS = {"openings": ("", "How"), "seed": 3}

@@ -10,7 +10,8 @@ import pytest
 
 from tests.train.conftest import train_steps
 from train import feature_cache
-from train.corpus import Corpus, CorpusWriter
+from train.corpus import Corpus
+from train.corpus_writer import CorpusWriter
 from train.feature_cache import FeatureCache, measure_tap_scale
 from train.files import FileError
 

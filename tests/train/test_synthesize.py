@@ -13,7 +13,8 @@ from dflash_jax.model import load
 from dflash_jax.prompts import PromptError
 from tests.train.conftest import greedy_answers
 from tests.train.programs import failed_clearly, run
-from train.corpus import Corpus, CorpusError, is_held_out
+from train.corpus import Corpus, CorpusError
+from train.corpus_writer import is_held_out
 from train.synthesize import interleave, is_loop, synthesize
 
 QUESTIONS = 21
