@@ -17,7 +17,7 @@ from dflash_jax.tokenizer import Tokenizer, load_tokenizer
 
 # Drafts worth verifying per round, by device; docs/default_drafter.md has the
 # measurement. Devices not named verify the whole block.
-VERIFY_WIDTHS = {"cpu": 4}
+VERIFY_WIDTHS = {"cpu": 3}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,48 +1,44 @@
-"""Runs the project's programs as a user does, kills and all."""
+"""Runs the project's programs as a user does, kills and full disks included."""
 
 import os
 import pathlib
 import resource
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 500  # seconds; a starved machine is slow
 
 
-def environment(cache: pathlib.Path) -> dict[str, str]:
-  """Compilations are shared: every process compiles the same few things."""
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-  }
-
-
 def run(
-  module: str,
+  program: str,
   *arguments: str,
   cache: pathlib.Path,
-  kill_when: Callable[[], bool] | None = None,
+  kill_at: tuple[str, int] | None = None,
   file_limit: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-  """Runs `python -m module` in the repository's root.
+  """Runs `python -m program` in the repository's root.
 
   Args:
-    module: its name.
+    program: a module.
     *arguments: of the command line.
-    cache: directory of compiled code.
-    kill_when: sends SIGKILL as soon as this is true.
+    cache: directory of compiled code, which every process can share.
+    kill_at: ("module:function", N): SIGKILL comes at its Nth call.
     file_limit: most bytes of a file it may write, like a full disk.
   """
+  modules = [program]
+  if kill_at is not None:
+    modules = ["tests.train.killed", *map(str, kill_at), program]
   process = subprocess.Popen(
-    [sys.executable, "-m", module, *arguments],
+    [sys.executable, "-m", *modules, *arguments],
     cwd=ROOT,
-    env=environment(cache),
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    },
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -50,12 +46,6 @@ def run(
   if file_limit is not None:  # long before it has read its imports
     limits = (file_limit, file_limit)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
-  deadline = time.monotonic() + TIMEOUT
-  if kill_when is not None:
-    while process.poll() is None and not kill_when():
-      assert time.monotonic() < deadline, "never came to the point"
-      time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
   try:
     out, err = process.communicate(timeout=TIMEOUT)
   except subprocess.TimeoutExpired:

@@ -11,7 +11,7 @@ import pytest
 from tests.train.conftest import train_steps
 from train import feature_cache
 from train.corpus import Corpus
-from train.corpus_writer import CorpusWriter
+from train.corpus_writer import CorpusWriter, Example
 from train.feature_cache import FeatureCache, measure_tap_scale
 from train.files import FileError
 
@@ -99,10 +99,9 @@ def test_a_killed_build_goes_on_where_it_was(
   assert not again.is_complete
   again.build(setup.trainer.target, setup.target_params)
   # Other batch sizes round otherwise, within half precision.
-  names = ("features.f16",) * 2
   rows = [
-    np.fromfile(path / name, np.float16).astype(np.float32)
-    for path, name in zip((tmp_path, directory), names, strict=True)
+    np.fromfile(path / "features.f16", np.float16).astype(np.float32)
+    for path in (tmp_path, directory)
   ]
   np.testing.assert_allclose(*rows, **HALF)
 
@@ -121,9 +120,8 @@ def test_features_of_something_else_are_refused(setup, directory, changes):
 
 
 def test_features_of_another_corpus_are_refused(setup, directory, tmp_path):
-  from tests.train.test_corpus import EXAMPLES
-
-  CorpusWriter(tmp_path, {}).add_shard(EXAMPLES, {})
+  example = Example(np.arange(9, dtype=np.int32), 2, held_out=False)
+  CorpusWriter(tmp_path, {}).add_shard([example], {})
   with pytest.raises(FileError, match="caches other features"):
     open_cache(directory, setup, corpus=Corpus([str(tmp_path)]))
 

@@ -11,8 +11,10 @@ from configs.tiny import get_config
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.model import load
 from dflash_jax.prompts import PromptError
+from dflash_jax.session import Completion
 from tests.train.conftest import greedy_answers
 from tests.train.programs import failed_clearly, run
+from train import synthesize as synthesis
 from train.corpus import Corpus, CorpusError
 from train.corpus_writer import is_held_out
 from train.synthesize import interleave, is_loop, synthesize
@@ -72,34 +74,30 @@ def index(directory: pathlib.Path) -> dict:
 # --- Whole runs ---------------------------------------------------------------
 
 
-def test_a_run_killed_and_then_out_of_disk_ends_with_the_same_bytes(
+def test_a_run_out_of_disk_and_then_killed_ends_with_the_same_bytes(
   questions, output, compiled, tmp_path
 ):
   whole = index(output)
   assert len(whole["prompts"]) == 3 and len(whole["shards"]) >= 3
   arguments = command(questions, tmp_path)
-  killed = run(
-    "train.synthesize",
-    *arguments,
-    cache=compiled,
-    kill_when=lambda: bool(index(tmp_path).get("prompts")),
+  # Too small for the index of two files of prompts.
+  text = json.dumps(whole | {"shards": [], "totals": {}}, indent=1)
+  full = run(
+    "train.synthesize", *arguments, cache=compiled, file_limit=len(text) - 300
   )
-  assert killed.returncode == -9
-  stopped = index(tmp_path)
-  first = len(stopped["prompts"])
-  assert stopped["prompts"] == whole["prompts"][:first]
-  assert first < 3 and not stopped["shards"]
-
-  # The index outgrows the limit with the first shard.
-  limit = len(json.dumps(whole | {"shards": []}, indent=1)) - 100
-  full = run("train.synthesize", *arguments, cache=compiled, file_limit=limit)
   line = failed_clearly(full)
   assert "cannot write" in line and "run the same command again" in line
   assert not list(tmp_path.glob("*.partial"))
-  stopped = index(tmp_path)
-  for kind in ("prompts", "shards"):
-    assert stopped[kind] == whole[kind][: len(stopped[kind])]
-  assert len(stopped["shards"]) < len(whole["shards"])
+  stopped = index(tmp_path).get("prompts", [])
+  assert stopped == whole["prompts"][: len(stopped)] and len(stopped) < 3
+
+  # Its second shard is on disk, but not in the index.
+  missing = len(whole["prompts"]) - len(stopped)
+  place = ("train.corpus_writer:CorpusWriter._write_index", missing + 2)
+  killed = run("train.synthesize", *arguments, cache=compiled, kill_at=place)
+  assert killed.returncode == -9
+  assert index(tmp_path)["shards"] == whole["shards"][:1]
+  assert (tmp_path / "shard-00001.safetensors").exists()
 
   result = run("train.synthesize", *arguments, cache=compiled)
   assert result.returncode == 0, result.stderr
@@ -230,6 +228,25 @@ def test_a_malformed_prompt_file_is_named_by_line(tmp_path):
   with pytest.raises(PromptError, match="does not exist"):
     synthesize(configured(tmp_path / "none.jsonl", tmp_path / "out"))
   assert not (tmp_path / "out").exists()
+
+
+def test_every_reply_draws_from_a_noise_stream_of_its_own(
+  questions, tmp_path, monkeypatch
+):
+  seeds = []
+
+  def decode(model, sampling, prompts, max_new_tokens, seed):
+    seeds.extend(range(seed, seed + len(prompts)))
+    stop = model.stop_ids[0]
+    reply = Completion("same", [30] * 9 + [stop], [], 1, 1, 1, [], 1, 1, 1)
+    return [reply] * len(prompts)
+
+  monkeypatch.setattr(synthesis, "_decode", decode)
+  synthesize(configured(questions, tmp_path / "out"))
+  totals = index(tmp_path / "out")["totals"]
+  assert totals["self_written"]["duplicates"] == 23
+  assert len(seeds) == 24 + totals["answered"]["kept"]
+  assert len(set(seeds)) == len(seeds)
 
 
 # --- Parts --------------------------------------------------------------------
