@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from configs import smollm2_135m
 from dflash_jax import generate, load
 from dflash_jax.model import Model
+from dflash_jax.prompts import read_prompts
 from dflash_jax.session import Session
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "smollm2"
@@ -103,3 +104,20 @@ def test_a_narrower_or_wider_verify_width_changes_no_token(model, plain):
     assert decode(dataclasses.replace(model, config=config), [prompt], 1) == (
       expected
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_speculative_tokens_are_plain_decodings_on_many_prompts(
+  model, plain, batch_size
+):
+  texts = [p.turns[0] for p in read_prompts("eval/prompts/chat.jsonl")]
+  settings = {"max_new_tokens": 128, "batch_size": batch_size}
+  speculative = generate(model, texts, **settings)
+  expected = generate(plain, texts, **settings)
+  differing = [
+    text
+    for text, ours, theirs in zip(texts, speculative, expected, strict=True)
+    if ours.tokens != theirs.tokens
+  ]
+  assert not differing
