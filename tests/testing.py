@@ -109,7 +109,8 @@ def tiny_model(
       name="tiny",
       target=TargetSource(random=network),
       decode=DecodeConfig(
-        **{"verify_width": verify_width, "max_length": 509} | decode
+        **{"verify_width": verify_width or BLOCK_SIZE - 1, "max_length": 509}
+        | decode
       ),
     ),
     target=formulas,
