@@ -13,11 +13,17 @@ from typing import TextIO
 
 from absl import flags
 
-from dflash_jax import command, display
+from dflash_jax import command, decode_flags, display
 from dflash_jax.chat import Chat
 from dflash_jax.compare import Comparison, compare
 from dflash_jax.config import Config, ConfigError
-from dflash_jax.generate import Batch, answer, plan_batches, warm_up
+from dflash_jax.generate import (
+  Batch,
+  answer,
+  plan_batches,
+  seed_of,
+  warm_up,
+)
 from dflash_jax.model import Model, load
 from dflash_jax.prompts import Prompt, read_prompts
 from dflash_jax.session import MIN_CHUNK, Completion, OnTokens, Session
@@ -82,6 +88,7 @@ def define_flags() -> None:
     "Colour each token by the block slot it was drafted in.",
   )
   flags.DEFINE_bool("stream", True, "Show text while it is decoded.")
+  decode_flags.define_flags()
 
 
 def main(config: Config) -> None:
@@ -112,11 +119,9 @@ def _override(config: Config) -> Config:
     if getattr(values, name) is not None
   }
   path = config.drafter.path if values.drafter is None else values.drafter
-  return dataclasses.replace(
-    config,
-    decode=dataclasses.replace(config.decode, **given),
-    drafter=dataclasses.replace(config.drafter, path=path),
-  )
+  drafter = dataclasses.replace(config.drafter, path=path)
+  config = dataclasses.replace(config, drafter=drafter)
+  return decode_flags.override(config, **given)
 
 
 # --- Prompts ------------------------------------------------------------------
@@ -218,7 +223,7 @@ def new_printer(model: Model, options: Options, out: TextIO) -> display.Printer:
     model.tokenizer,
     out,
     show_blocks=options.show_blocks,
-    max_drafts=model.decoder().num_drafts,
+    max_drafts=model.decoder().depth,
   )
 
 
@@ -284,7 +289,10 @@ def _say(
     printer.write(new, slots)
 
   (completion,) = session.reply(
-    [ids], [budget], on_tokens=on_tokens if is_streamed else None
+    [ids],
+    [budget],
+    seeds=[seed_of(session.model, 0)],
+    on_tokens=on_tokens if is_streamed else None,
   )
   chat.add_turn(text, completion.text, completion.tokens)
   if options.json:

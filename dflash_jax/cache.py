@@ -75,14 +75,59 @@ class KVCache:
     slots = jnp.arange(self.capacity, dtype=jnp.int32)
     return slots <= self.positions(count)[..., None]
 
+  def tree_mask(self, ancestors: jax.Array) -> jax.Array:
+    """bool[B, T, S]: the committed slots, and each row's ancestors and itself.
+
+    Args:
+      ancestors: bool[B, T, T], among the T rows appended.
+    """
+    count = ancestors.shape[1]
+    slots = jnp.arange(self.capacity, dtype=jnp.int32)
+    place = slots - self.length[:, None]  # [B, S], among the appended rows
+    index = jnp.clip(place, 0, count - 1)[:, None]
+    related = jnp.take_along_axis(ancestors, index, axis=2)
+    appended = (place >= 0) & (place < count)
+    return (place < 0)[:, None] | (related & appended[:, None])
+
   def committed_mask(self) -> jax.Array:
     """bool[B, 1, S]: the committed slots."""
     slots = jnp.arange(self.capacity, dtype=jnp.int32)
     return slots < self.length[:, None, None]
 
-  def commit(self, count: jax.Array) -> "KVCache":
-    """Makes the first count i32[B] appended slots of each row permanent."""
-    return dataclasses.replace(self, length=self.length + count)
+  def commit(
+    self, count: jax.Array, path: jax.Array | None = None
+  ) -> "KVCache":
+    """Makes `count` i32[B] appended slots of each row permanent.
+
+    Args:
+      count: the first ones, or the first ones of the path.
+      path: i32[B, D + 1], ascending places among the appended slots, which
+        move up to lie side by side; None when they do already.
+    """
+    length = self.length + count
+    if path is None:
+      return dataclasses.replace(self, length=length)
+
+    def compact(buffer):
+      return _move(buffer, self.length, path)
+
+    return KVCache(
+      keys=tuple(map(compact, self.keys)),
+      values=tuple(map(compact, self.values)),
+      length=length,
+    )
+
+
+def _move(buffer: jax.Array, start: jax.Array, path: jax.Array) -> jax.Array:
+  """Copies slots start + path of each row to start, start + 1, ..."""
+
+  def move_row(buffer, start, path):
+    rows = jnp.take(buffer, start + path, axis=1)
+    return jax.lax.dynamic_update_slice(buffer, rows, (0, start, 0))
+
+  if len(start) == 1:  # as in _write
+    return move_row(buffer[0], start[0], path[0])[None]
+  return jax.vmap(move_row)(buffer, start, path)
 
 
 def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

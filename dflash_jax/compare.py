@@ -12,10 +12,16 @@ from dflash_jax.session import Completion, OnTokens
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """The same reply, decoded both ways."""
+  """The same reply, decoded both ways.
+
+  Attributes:
+    speculative, plain: the replies.
+    guarantee: key of verify.GUARANTEES, what they should share.
+  """
 
   speculative: Completion
   plain: Completion
+  guarantee: str = "tokens"
 
   @property
   def is_identical(self) -> bool:
@@ -59,6 +65,7 @@ def compare(
       "in --drafter or drafter.path"
     )
   plain = model.without_drafter()
+  guarantee = model.decoder().guarantee
   warm_up(model, batches)
   warm_up(plain, batches)
   for batch in batches:
@@ -73,6 +80,7 @@ def compare(
         Comparison(
           speculative=_median([ours[place] for ours, _ in passes]),
           plain=_median([theirs[place] for _, theirs in passes]),
+          guarantee=guarantee,
         ),
       )
 

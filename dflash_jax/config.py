@@ -247,8 +247,17 @@ class DecodeConfig:
   Attributes:
     max_new_tokens: budget of a request, exact.
     batch_size: rows decoded together.
-    verify_width: drafts verified per round, at most block_size - 1; 0 takes
-      the device's default, model.VERIFY_WIDTHS.
+    rule: of verification, see docs/verification.md: "greedy", "coupled",
+      "token", "block", or the lossy "typical"; "" is greedy at temperature 0
+      and coupled above.
+    temperature, top_k, top_p, min_p: the target's law, see sampling.Sampling.
+    draft_temperature, draft_top_k: how drafts are drawn; lossless whatever they
+      are. 0 drafts the likeliest tokens.
+    block_size: of a drafter trained with a longer block; 0 takes its own.
+    tree_nodes: P of candidate trees; 0 drafts chains.
+    width: nodes verified per round: "fixed:N", "threshold:T" or "goodput"; ""
+      takes the device's default, model.CHAIN_WIDTHS, and all nodes of trees.
+    seed: of everything sampled.
     rounds_per_dispatch: R, rounds inside one jitted call.
     prefill_chunk: longest prompt piece per call, in tokens; shorter prompts
       are padded to a power of two.
@@ -257,7 +266,17 @@ class DecodeConfig:
 
   max_new_tokens: int = 128
   batch_size: int = 1
-  verify_width: int = 0
+  rule: str = ""
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  draft_temperature: float = 0.0
+  draft_top_k: int = 0
+  block_size: int = 0
+  tree_nodes: int = 0
+  width: str = ""
+  seed: int = 0
   rounds_per_dispatch: int = 8
   prefill_chunk: int = 256
   max_length: int = 2048
@@ -319,6 +338,9 @@ class TrainConfig:
     loss: "ce" (exponential decay) or "dpace" (D-PACE, arXiv 2605.18810).
     decay: gamma of the exponential weights; 0 takes the paper's for K.
     dpace_alpha: smoothing of D-PACE.
+    teacher_share: 0 learns from the next token alone; 1 from the target's
+      distribution over it (soft labels, at temperature 1) instead; between,
+      from a mix.
     learning_rate: peak. warmup: share of steps. final_learning_rate: share of
       the peak at the end of the cosine.
     weight_decay, beta1, beta2, clip_norm: AdamW.
@@ -339,6 +361,7 @@ class TrainConfig:
   loss: str = "dpace"
   decay: float = 0.0
   dpace_alpha: float = 0.5
+  teacher_share: float = 0.0
   learning_rate: float = 6e-4
   warmup: float = 0.04
   final_learning_rate: float = 0.0
@@ -364,12 +387,21 @@ class EvalConfig:
   Attributes:
     limit: prompts used. max_new_tokens, batch_size: of each decode.
     repeats: timed passes; the median is reported.
+    sweep: what --sweep decodes. Each line is a product of axes, fields of
+      DecodeConfig with values; fields it does not name are the run's.
   """
 
   limit: int = 20
   max_new_tokens: int = 128
   batch_size: int = 1
   repeats: int = 1
+  sweep: tuple[str, ...] = (
+    "width=fixed:1,fixed:3,fixed:7,goodput",
+    "block_size=4,8,16 width=fixed:15",
+    "tree_nodes=8,16,32",
+    "temperature=1 rule=coupled draft_temperature=0,0.5,1",
+    "temperature=1 rule=token,block draft_temperature=0.5,1",
+  )
 
 
 @dataclasses.dataclass

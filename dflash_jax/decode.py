@@ -2,7 +2,8 @@
 
 A round reads [anchor, drafts] in one target pass and emits between one token
 and all of them plus one. R rounds run inside one jitted call; the host looks
-once per call. Plain decoding is this loop with no drafter.
+once per call. Plain decoding is this loop with no drafter. A width policy may
+verify fewer nodes than were drafted, or leave the drafter out for a while.
 """
 
 import dataclasses
@@ -13,21 +14,38 @@ import jax
 import jax.numpy as jnp
 
 from dflash_jax import sampling as sampling_lib
-from dflash_jax import verify
 from dflash_jax.cache import KVCache
 from dflash_jax.drafters.base import Borrowed, Drafter
+from dflash_jax.proposal import Drafting, Moment, Proposal
 from dflash_jax.sampling import Sampling
 from dflash_jax.target import Params, Target
+from dflash_jax.tree import chain
+from dflash_jax.verify import Verdict, Verifier
+from dflash_jax.width import (
+  BURST,
+  UNMEASURED,
+  Costs,
+  Fixed,
+  Outcome,
+  Policy,
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelParams:
-  """Parameters of everything a round runs."""
+  """Parameters of everything a round runs.
+
+  Attributes:
+    target, drafter: of the networks.
+    borrowed: the target's tables.
+    costs: measured on this device, for width policies that need them.
+  """
 
   target: Params
   drafter: Params
   borrowed: Borrowed
+  costs: Costs = UNMEASURED
 
 
 @jax.tree_util.register_dataclass
@@ -41,13 +59,15 @@ class DecodeState:
     anchor: i32[B], last emitted token, not yet read by the target.
     tokens: i32[B, M], the reply so far.
     slots: i32[B, M], the block slot each token was drafted in, 1..K-1; 0 marks
-      the target's own correction or bonus token.
+      a token of the target's own: correction, bonus, or plain.
     count: i32[B], valid entries of `tokens`.
     budget: i32[B], most tokens a reply may have.
     done: bool[B], budget spent or stop token emitted.
     seeds: u32[B], one noise stream per request.
     rounds: i32[B], target passes after prefill.
-    accepted: i32[B, P + 1], rounds by number of drafts accepted.
+    accepted: i32[B, D + 1], rounds by number of drafts accepted.
+    verified: i32[B], nodes verified in all rounds.
+    width: the width policy's own state, shared by the rows.
   """
 
   cache: KVCache
@@ -61,6 +81,8 @@ class DecodeState:
   seeds: jax.Array
   rounds: jax.Array
   accepted: jax.Array
+  verified: jax.Array
+  width: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +91,10 @@ class Decoder:
 
   Attributes:
     target, drafter: the formulas.
-    num_drafts: P, drafts verified per round.
-    sampling: how the target chooses.
+    drafting: what the drafter is asked for, P nodes.
+    policy: how many of them are verified.
+    rule: of verification.
+    sampling: the target's law.
     stop_ids: tokens that end a reply; the stop token itself is emitted.
     rounds_per_dispatch: R.
     dtype: of both caches.
@@ -81,12 +105,32 @@ class Decoder:
 
   target: Target
   drafter: Drafter
-  num_drafts: int
+  drafting: Drafting
+  policy: Policy = Fixed()
+  rule: str = "greedy"
   sampling: Sampling = sampling_lib.GREEDY
   stop_ids: tuple[int, ...] = ()
   rounds_per_dispatch: int = 8
   dtype: str = "float32"
   early_exit: bool = False
+
+  def __post_init__(self):
+    self.verifier.check(self.drafting)
+
+  @property
+  def verifier(self) -> Verifier:
+    """The rule, bound to the law it keeps."""
+    return Verifier(self.rule, self.sampling, self.depth)
+
+  @property
+  def guarantee(self) -> str:
+    """Key of verify.GUARANTEES: what the output shares with plain decoding."""
+    return self.verifier.guarantee(self.drafting)
+
+  @property
+  def depth(self) -> int:
+    """D, the most drafts a round can accept."""
+    return min(self.drafting.num_nodes, self.drafter.max_drafts)
 
   @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
   def init_state(
@@ -99,7 +143,7 @@ class Decoder:
       capacity: cache slots per row; see `slack`.
       max_new_tokens: longest reply any row may ask for.
     """
-    width = max_new_tokens + self.num_drafts + 1  # a round may write past it
+    width = max_new_tokens + self.depth + 1  # a round may write past it
     zeros = jnp.zeros((batch,), jnp.int32)
     return DecodeState(
       cache=self.target.init_cache(batch, capacity, self.dtype),
@@ -112,12 +156,14 @@ class Decoder:
       done=jnp.ones((batch,), bool),
       seeds=zeros.astype(jnp.uint32),
       rounds=zeros,
-      accepted=jnp.zeros((batch, self.num_drafts + 1), jnp.int32),
+      accepted=jnp.zeros((batch, self.depth + 1), jnp.int32),
+      verified=zeros,
+      width=self.policy.init_state(self.depth),
     )
 
   def slack(self, chunk: int) -> int:
     """Cache slots needed past prompt + reply, for rows written but rejected."""
-    return max(chunk, self.num_drafts + 1)
+    return max(chunk, self.drafting.num_nodes + 1, BURST)
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def begin(
@@ -132,6 +178,7 @@ class Decoder:
       seeds=seeds.astype(jnp.uint32),
       rounds=jnp.zeros_like(state.rounds),
       accepted=jnp.zeros_like(state.accepted),
+      verified=jnp.zeros_like(state.verified),
     )
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -177,61 +224,194 @@ class Decoder:
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def run_rounds(self, params: ModelParams, state: DecodeState) -> DecodeState:
     """Up to R rounds, in one dispatch, with no look from the host."""
-
-    def body(_, state):
-      return self.round(params, state)
-
-    R = self.rounds_per_dispatch
-    if not self.early_exit:
-      return jax.lax.fori_loop(0, R, body, state)
-    _, state = jax.lax.while_loop(
-      lambda carry: (carry[0] < R) & ~carry[1].done.all(),
-      lambda carry: (carry[0] + 1, body(*carry)),
-      (0, state),
+    return self._repeat(
+      self.rounds_per_dispatch,
+      lambda _, state: self.round(params, state),
+      state,
     )
-    return state
 
   def round(self, params: ModelParams, state: DecodeState) -> DecodeState:
+    """A drafted round, or a burst of plain ones if the policy rests."""
+    if not self.policy.rests:
+      return self._run_drafted(params, state)
+    return jax.lax.cond(
+      self.policy.should_draft(state.width, params.costs),
+      lambda: self._run_drafted(params, state),
+      lambda: self._run_plain(params, state),
+    )
+
+  def _run_drafted(
+    self, params: ModelParams, state: DecodeState
+  ) -> DecodeState:
     """Draft, verify, accept, commit: one target pass for every row."""
     proposal = self.drafter.propose(
       params.drafter,
       state.drafter,
       state.anchor,
       params.borrowed,
-      self.num_drafts,
+      self.drafting,
+      Moment(state.seeds, state.cache.length),
       state.budget - state.count,
     )
-    tokens = jnp.concatenate([state.anchor[:, None], proposal.tokens], axis=1)
+    widths = self.policy.widths(proposal.num_nodes)
+    if len(widths) == 1:
+      state, _ = self._verify(params, state, proposal, widths[0])
+      return state
+    nodes = proposal.tree or chain(*proposal.tokens.shape)
+    index = self.policy.choose(
+      state.width,
+      proposal.confidence,
+      proposal.margins,
+      nodes,
+      ~state.done,
+      params.costs,
+    )
+    branches = [
+      functools.partial(self._verify, params, proposal=proposal, width=width)
+      for width in widths
+    ]
+    state, outcome = jax.lax.switch(index, branches, state)
+    outcome = dataclasses.replace(outcome, index=index)
+    seen = self.policy.observe(state.width, outcome, params.costs)
+    return dataclasses.replace(state, width=seen)
+
+  def _verify(
+    self,
+    params: ModelParams,
+    state: DecodeState,
+    proposal: Proposal,
+    width: int,
+  ) -> tuple[DecodeState, Outcome]:
+    """Verifies the first `width` nodes and commits the verdict."""
+    nodes = proposal.prefix(width)
+    tokens = jnp.concatenate([state.anchor[:, None], nodes.tokens], axis=1)
     hidden, taps, cache = self.target.forward(
-      params.target, tokens, state.cache, self.drafter.taps
+      params.target, tokens, state.cache, self.drafter.taps, nodes.tree
     )
-    chosen = sampling_lib.choose(
-      self.target.logits(params.target, hidden),
-      self.sampling,
-      state.seeds,
-      state.cache.positions(self.num_drafts + 1) + 1,
-    )
-    verdict = verify.match_prefix(proposal, chosen)
+    logits = self.target.logits(params.target, hidden)
+    moment = Moment(state.seeds, state.cache.length)
+    verdict = self.verifier.judge(nodes, logits, moment)
     active = ~state.done
     emitted = jnp.where(active, self._truncate(state, verdict), 0)
+    if verdict.path is not None:
+      taps = jnp.take_along_axis(taps, verdict.path[..., None], axis=1)
+      tokens = jnp.take_along_axis(tokens, verdict.path, axis=1)
+    bins = jax.nn.one_hot(verdict.accepted, self.depth + 1, dtype=jnp.int32)
     # The anchor and all emitted tokens but the last have been read: those rows
     # are committed, and the last emitted token is the next anchor.
+    outcome = self._observe(proposal, width, verdict, emitted, active, logits)
     state = dataclasses.replace(
       state,
-      cache=cache.commit(emitted),
+      cache=cache.commit(emitted, verdict.path),
       drafter=self.drafter.absorb(
         params.drafter, state.drafter, taps, tokens, emitted
       ),
       rounds=state.rounds + active,
-      accepted=state.accepted
-      + jax.nn.one_hot(verdict.accepted, self.num_drafts + 1, dtype=jnp.int32)
-      * active[:, None],
+      accepted=state.accepted + bins * active[:, None],
+      verified=state.verified + width * active,
     )
-    index = jnp.arange(self.num_drafts + 1, dtype=jnp.int32)
+    index = jnp.arange(verdict.tokens.shape[1], dtype=jnp.int32)
     slots = jnp.where(index < verdict.accepted[:, None], index + 1, 0)
-    return self._emit(state, verdict.tokens, slots, emitted)
+    return self._emit(state, verdict.tokens, slots, emitted), outcome
 
-  def _truncate(self, state: DecodeState, verdict: verify.Verdict) -> jax.Array:
+  def _observe(
+    self,
+    proposal: Proposal,
+    width: int,
+    verdict: Verdict,
+    emitted: jax.Array,
+    active: jax.Array,
+    logits: jax.Array,
+  ) -> Outcome:
+    """What the round showed, of all P nodes whatever the width."""
+    B, P = proposal.tokens.shape
+    tree = proposal.tree or chain(B, P)
+    nodes = jnp.arange(P, dtype=jnp.int32)
+    if verdict.path is None:
+      tested = nodes <= verdict.accepted[:, None]
+      kept = nodes < verdict.accepted[:, None]
+      last = verdict.accepted
+    else:
+      reached = verdict.path[:, None]
+      tested = (tree.parents[..., None] == reached).any(axis=-1)
+      kept = (nodes[:, None] + 1 == reached).any(axis=-1)
+      last = verdict.path[:, -1]
+    entropy = jnp.zeros((B,), jnp.float32)
+    if self.policy.needs_entropy:
+      row = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+      entropy = jax.scipy.special.entr(jax.nn.softmax(row)).sum(axis=-1)
+    return Outcome(
+      index=jnp.int32(0),  # the caller's to say
+      emitted=emitted,
+      active=active,
+      tested=tested & (nodes < width),
+      accepted=kept,
+      depths=tree.depths,
+      margins=proposal.margins,
+      confidence=proposal.confidence,
+      entropy=entropy,
+    )
+
+  def _run_plain(self, params: ModelParams, state: DecodeState) -> DecodeState:
+    """BURST plain rounds; the drafter absorbs what they read at once.
+
+    A drafter that rests costs a copy of the taps per token, not a pass.
+    """
+    B = state.anchor.shape[0]
+    taps = jnp.zeros((B, BURST, self._tap_width(params)), jnp.float32)
+
+    def body(step, carry):
+      state, tokens, taps = carry
+      read = state.anchor
+      hidden, states, cache = self.target.forward(
+        params.target, read[:, None], state.cache, self.drafter.taps
+      )
+      chosen = sampling_lib.choose(
+        self.target.logits(params.target, hidden),
+        self.sampling,
+        state.seeds,
+        state.cache.length[:, None] + 1,
+      )
+      active = ~state.done
+      state = dataclasses.replace(
+        state,
+        cache=cache.commit(active * 1),
+        rounds=state.rounds + active,
+        accepted=state.accepted.at[:, 0].add(active),
+      )
+      state = self._emit(state, chosen, jnp.zeros_like(chosen), active * 1)
+      return (
+        state,
+        tokens.at[:, step].set(read),
+        taps.at[:, step].set(states[:, 0]),
+      )
+
+    before = state.count
+    start = (state, jnp.zeros((B, BURST), jnp.int32), taps)
+    state, tokens, taps = self._repeat(BURST, body, start, lambda c: c[0])
+    return dataclasses.replace(
+      state,
+      drafter=self.drafter.absorb(
+        params.drafter, state.drafter, taps, tokens, state.count - before
+      ),
+      width=self.policy.rest(state.width),
+    )
+
+  def _tap_width(self, params: ModelParams) -> int:
+    return len(self.drafter.taps) * params.borrowed.embedding.shape[1]
+
+  def _repeat(self, count: int, body, carry, get_state=lambda carry: carry):
+    """Runs body(step, carry) `count` times, or until every row is done."""
+    if not self.early_exit:
+      return jax.lax.fori_loop(0, count, body, carry)
+    _, carry = jax.lax.while_loop(
+      lambda pair: (pair[0] < count) & ~get_state(pair[1]).done.all(),
+      lambda pair: (pair[0] + 1, body(*pair)),
+      (jnp.int32(0), carry),
+    )
+    return carry
+
+  def _truncate(self, state: DecodeState, verdict: Verdict) -> jax.Array:
     """i32[B]: tokens to emit, cut at the budget and after a stop token."""
     count = jnp.minimum(verdict.accepted + 1, state.budget - state.count)
     stops = self._is_stop(verdict.tokens)

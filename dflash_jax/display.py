@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from dflash_jax.compare import Comparison
 from dflash_jax.session import Completion, acceptance_per_position
 from dflash_jax.tokenizer import StreamDecoder, Tokenizer
+from dflash_jax.verify import GUARANTEES
 
 _RESET = "\x1b[0m"
 # Blue over green to red, from the 256-colour table: early slots to late ones.
@@ -96,6 +97,8 @@ def statistics_of(completion: Completion) -> str:
   ]
   if len(completion.accepted) > 1:
     lines.insert(1, "acceptance by slot: " + _shares(completion.accepted))
+    if completion.width != len(completion.accepted) - 1:  # a tree, or a policy
+      lines[1] += f"  ({completion.width:.1f} drafts verified per round)"
   return "\n".join(lines)
 
 
@@ -105,7 +108,13 @@ def comparison_of(comparison: Comparison) -> str:
     f"plain decoding {comparison.plain.tokens_per_s:.1f} tokens/s, "
     f"speed-up {comparison.speedup:.2f}x, "
     f"identical tokens: {'yes' if comparison.is_identical else 'no'}"
+    + _caveat(comparison.guarantee)
   )
+
+
+def _caveat(guarantee: str) -> str:
+  """What a rule promises, where it is not the tokens themselves."""
+  return "" if guarantee == "tokens" else f" ({GUARANTEES[guarantee]})"
 
 
 def summary_of(comparisons: Sequence[Comparison]) -> str:
@@ -122,6 +131,7 @@ def summary_of(comparisons: Sequence[Comparison]) -> str:
     f"{len(ours)} replies: tau {emitted / max(rounds, 1):.2f}, medians: plain "
     f"{plain:.1f} tokens/s, speculative {fast:.1f} tokens/s, speed-up "
     f"{ratio:.2f}x; identical tokens: {verdict}"
+    + _caveat(comparisons[0].guarantee)
   )
 
 
@@ -136,6 +146,7 @@ def json_line(
     record["plain_tokens_per_s"] = comparison.plain.tokens_per_s
     record["speedup"] = comparison.speedup
     record["identical"] = comparison.is_identical
+    record["guarantee"] = comparison.guarantee
   return json.dumps(record)
 
 

@@ -77,7 +77,7 @@ def generate(
   batch_size: int | None = None,
   on_tokens: OnTokens | None = None,
 ) -> Completion | list[Completion]:
-  """Answers prompts in the target's chat template, greedily.
+  """Answers prompts in the target's chat template, as config.decode says.
 
   Args:
     model: from `load`.
@@ -210,6 +210,7 @@ def answer(
         for chat, text in zip(chats, asked, strict=True)
       ],
       [budget if text else 0 for text in asked],
+      seeds=[seed_of(model, place) for place in batch.places],
       on_tokens=_to_places(on_tokens, batch.places, turn),
     )
     rows = zip(chats, asked, completions, batch.places, strict=True)
@@ -217,6 +218,17 @@ def answer(
       if text:
         chat.add_turn(text[0], completion.text, completion.tokens)
         yield place + turn, completion
+
+
+def seed_of(model: Model, place: int) -> int:
+  """The noise seed of a conversation: config.decode.seed and its place decide.
+
+  Args:
+    model: its config's seed may be any non-negative integer.
+    place: of the conversation's first turn in the result.
+  """
+  words = np.random.SeedSequence([model.config.decode.seed, place])
+  return int(words.generate_state(1)[0])
 
 
 def _to_places(

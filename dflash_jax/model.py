@@ -8,16 +8,18 @@ import numpy as np
 
 from dflash_jax import weights
 from dflash_jax.byte_tokenizer import byte_tokenizer
-from dflash_jax.config import Config, ConfigError
+from dflash_jax.config import Config, ConfigError, DrafterConfig
 from dflash_jax.decode import Decoder, ModelParams
 from dflash_jax.drafters import REGISTRY, Borrowed, DFlash, Drafter, NoDrafter
+from dflash_jax.proposal import Drafting
 from dflash_jax.sampling import GREEDY, Sampling
 from dflash_jax.target import Params, Target
 from dflash_jax.tokenizer import Tokenizer, load_tokenizer
+from dflash_jax.width import Costs, Fixed, parse_width
 
-# Drafts worth verifying per round, by device; docs/default_drafter.md has the
-# measurement. Devices not named verify the whole block.
-VERIFY_WIDTHS = {"cpu": 3}
+# Drafts of a chain worth verifying per round, by device;
+# docs/default_drafter.md has the measurement. Devices not named verify all.
+CHAIN_WIDTHS = {"cpu": "fixed:3"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Model:
     target, drafter: the formulas.
     params: of both.
     tokenizer: None for a model of bare token ids.
+    cost_tables: what rounds cost on this device, by decoder and batch; a
+      Session measures what its width policy asks for.
   """
 
   config: Config
@@ -36,6 +40,9 @@ class Model:
   drafter: Drafter
   params: ModelParams
   tokenizer: Tokenizer | None
+  cost_tables: dict[tuple[Decoder, int], Costs] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -43,16 +50,40 @@ class Model:
     own = self.tokenizer.eos_ids if self.tokenizer else ()
     return tuple(sorted({*self.target.config.eos_ids, *own}))
 
-  def decoder(self, sampling: Sampling = GREEDY) -> Decoder:
-    """The decode loop for this model, as the config's decode section asks."""
+  def decoder(self, sampling: Sampling | None = None) -> Decoder:
+    """The decode loop for this model, as the config's decode section asks.
+
+    Args:
+      sampling: the target's law, instead of the config's.
+    """
     decode = self.config.decode
-    everything = self.drafter.max_drafts
+    given = decode.rule if sampling is None else ""
+    sampling = sampling or Sampling(
+      decode.temperature, decode.top_k, decode.top_p, decode.min_p
+    )
+    rule = given or ("greedy" if sampling.is_greedy else "coupled")
     device = jax.default_backend()
-    width = decode.verify_width or VERIFY_WIDTHS.get(device, everything)
+    nodes = decode.tree_nodes or self.drafter.max_drafts
+    text = decode.width or (
+      "" if decode.tree_nodes else CHAIN_WIDTHS.get(device)
+    )
+    policy = parse_width(text) if text else Fixed()
+    if isinstance(policy, Fixed):
+      nodes = policy.widths(nodes)[0]
+    drafts = Sampling(decode.draft_temperature, decode.draft_top_k)
+    if not self.drafter.max_drafts:  # plain decoding
+      nodes, policy, drafts = 0, Fixed(), GREEDY
     return Decoder(
       target=self.target,
       drafter=self.drafter,
-      num_drafts=min(width, everything),
+      drafting=Drafting(
+        num_nodes=nodes,
+        is_tree=decode.tree_nodes > 0 and nodes > 0,
+        sampling=drafts,
+        is_coupled=rule == "coupled",
+      ),
+      policy=policy,
+      rule=rule,
       sampling=sampling,
       stop_ids=self.stop_ids,
       rounds_per_dispatch=decode.rounds_per_dispatch,
@@ -131,4 +162,17 @@ def _load_drafter(
     )
   network, params, head_ids = weights.load_drafter(path, config.target.dtype)
   network.check_target(target.config)
+  network = _shorten(network, config.decode.block_size)
   return DFlash(network), params, head_ids
+
+
+def _shorten(network: DrafterConfig, block_size: int) -> DrafterConfig:
+  """The same drafter, drafting blocks of block_size slots; 0 keeps its own."""
+  if not block_size:
+    return network
+  if not 2 <= block_size <= network.block_size:
+    raise ConfigError(
+      f"decode.block_size={block_size} is impossible; this drafter was trained "
+      f"for {network.block_size}: use 2 to {network.block_size}, or 0"
+    )
+  return dataclasses.replace(network, block_size=block_size)

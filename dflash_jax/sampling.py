@@ -1,4 +1,4 @@
-"""How the target picks a token from its logits: greedy, or seeded noise.
+"""How the target picks a token from its logits: greedy, or by seeded noise.
 
 Noise depends on (seed, position, token) alone, so a draw does not depend on
 how many tokens were verified together, on the batch, or on the drafter.
@@ -8,21 +8,53 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from dflash_jax import noise
+from dflash_jax.config import ConfigError
+from dflash_jax.noise import Stream
 
 TILE = 128  # logits per block of the two-level argmax
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """The target's distribution, static in jitted code.
+  """A distribution made from logits; static in jitted code.
+
+  The restrictions apply after the temperature and in this order; tokens that
+  tie with the last one kept are kept.
 
   Attributes:
     temperature: 0 is greedy.
-    min_p: tokens less likely than min_p times the likeliest are never drawn.
+    top_k: only the k likeliest tokens; 0 for all.
+    top_p: only the likeliest tokens that are needed for this share of the
+      probability; 1 for all.
+    min_p: only tokens at least min_p times as likely as the likeliest.
   """
 
   temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
   min_p: float = 0.0
+
+  def __post_init__(self):
+    if not 0 <= self.temperature < float("inf"):
+      raise _impossible("temperature", self.temperature, "use 0 or more")
+    if self.top_k < 0:
+      raise _impossible("top_k", self.top_k, "use 0 for all, or at least 1")
+    if not 0 < self.top_p <= 1:
+      raise _impossible("top_p", self.top_p, "use more than 0, at most 1")
+    if not 0 <= self.min_p <= 1:
+      raise _impossible("min_p", self.min_p, "use 0 to 1")
+
+  @property
+  def is_greedy(self) -> bool:
+    """Whether the likeliest token is certain."""
+    return self.temperature == 0
+
+
+def _impossible(name: str, value: float, remedy: str) -> ConfigError:
+  return ConfigError(f"{name}={value} is impossible; {remedy}")
 
 
 GREEDY = Sampling()
@@ -45,6 +77,49 @@ def argmax(logits: jax.Array) -> jax.Array:
   return (best * TILE + jnp.argmax(tile, axis=-1)).astype(jnp.int32)
 
 
+def weigh(logits: jax.Array, sampling: Sampling) -> jax.Array:
+  """logits f32[..., V] -> f32[..., V], proportional to probability.
+
+  The likeliest token weighs 1, an excluded one 0; greedy keeps one token.
+  """
+  if sampling.is_greedy:
+    return jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=jnp.float32)
+  top = logits.max(axis=-1, keepdims=True)
+  weights = jnp.exp((logits - top) / sampling.temperature)
+  if sampling.top_k:
+    count = min(sampling.top_k, logits.shape[-1])
+    last = jax.lax.top_k(logits, count)[0][..., -1:]
+    weights = jnp.where(logits < last, 0.0, weights)
+  if sampling.top_p < 1:
+    weights = _keep_nucleus(weights, sampling.top_p)
+  if sampling.min_p > 0:
+    weights = jnp.where(weights < sampling.min_p, 0.0, weights)
+  return weights
+
+
+def _keep_nucleus(weights: jax.Array, share: float) -> jax.Array:
+  """Drops tokens whose likelier ones hold `share` of all weight already.
+
+  Found by bisection over the bits of a float, which order positive floats: 30
+  sums over the vocabulary, where a sort costs a CPU many times as much.
+  """
+  needed = share * weights.sum(axis=-1, keepdims=True)
+
+  def halve(_, bounds):
+    low, high = bounds  # mass above low: needed or more; above high: less
+    middle = (low + high) // 2
+    limit = jax.lax.bitcast_convert_type(middle, jnp.float32)
+    above = jnp.where(weights > limit, weights, 0.0).sum(-1, keepdims=True)
+    enough = above < needed
+    return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+  low = jnp.zeros(needed.shape, jnp.int32)
+  one = jnp.full_like(low, np.float32(1.0).view(np.int32))
+  _, high = jax.lax.fori_loop(0, 30, halve, (low, one))
+  limit = jax.lax.bitcast_convert_type(high, jnp.float32)
+  return jnp.where(weights < limit, 0.0, weights)
+
+
 def choose(
   logits: jax.Array,
   sampling: Sampling,
@@ -55,23 +130,16 @@ def choose(
 
   Args:
     logits: f32[B, T, V].
-    sampling: greedy, or Gumbel-max: argmax(log p + g) is a draw from p.
+    sampling: greedy, or a law that argmax(p / race time) draws from.
     seeds: u32[B], one stream per request.
     positions: i32[B, T], of the tokens to be chosen.
 
   Returns:
     i32[B, T]; the lowest id wins a tie.
   """
-  if sampling.temperature == 0:
+  if sampling.is_greedy:
     return argmax(logits)
-  logits = logits / sampling.temperature
-  if sampling.min_p > 0:
-    floor = logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)
-    logits = jnp.where(logits < floor, -jnp.inf, logits)
-
-  def noise(seed, position):
-    key = jax.random.fold_in(jax.random.key(seed), position)
-    return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
-
-  rows = jax.vmap(jax.vmap(noise, (None, 0)))(seeds, positions)
-  return argmax(logits + rows)
+  times = noise.race_times(
+    Stream.CHOICE, seeds[:, None], positions, logits.shape[-1]
+  )
+  return argmax(weigh(logits, sampling) / times)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dflash_jax.config import ConfigError
-from dflash_jax.decode import Decoder, DecodeState
+from dflash_jax.costs import measure_costs
+from dflash_jax.decode import Decoder, DecodeState, ModelParams
 from dflash_jax.model import Model
+from dflash_jax.width import Costs
 
 MIN_CHUNK = 16  # tokens; shorter prompts share one compilation
 
@@ -31,8 +33,9 @@ class Completion:
       turn before.
     rounds: target passes after prefill.
     tau: tokens emitted per round, bonus included, the prefill's token not.
-    accepted: rounds by number of drafts accepted, 0..P; a reply's last round
+    accepted: rounds by number of drafts accepted, 0..D; a reply's last round
       counts whole, though budget or stop token cut what it emits.
+    width: drafted nodes verified per round, mean.
     ttft_s: time to first token, target and drafter prefill included.
     tpot_s: seconds per token after the first, until the host saw this row end.
     tokens_per_s: tokens after the first, per second; rows of a batch share
@@ -46,6 +49,7 @@ class Completion:
   rounds: int
   tau: float
   accepted: list[int]
+  width: float
   ttft_s: float
   tpot_s: float
   tokens_per_s: float
@@ -71,6 +75,7 @@ class Session:
     max_new_tokens: longest reply a turn may ask for.
     state: on the device.
     lengths: i64[B], tokens in the caches; the anchor is not.
+    params: the model's, with measured costs where the width policy asks.
   """
 
   model: Model
@@ -80,17 +85,32 @@ class Session:
   max_new_tokens: int
   state: DecodeState = dataclasses.field(init=False)
   lengths: np.ndarray = dataclasses.field(init=False)
+  params: ModelParams = dataclasses.field(init=False)
 
   def __post_init__(self):
+    self.params = self.model.params
+    if self.decoder.policy.needs_costs:
+      self.params = dataclasses.replace(self.params, costs=self._costs())
     self.reset()
 
   def reset(self) -> None:
     """Forgets everything read."""
     self.lengths = np.zeros((self.batch,), np.int64)
+    self.state = self._new_state()
+
+  def _new_state(self) -> DecodeState:
     slack = self.decoder.slack(self._chunk(self.capacity))
-    self.state = self.decoder.init_state(
+    return self.decoder.init_state(
       self.batch, self.capacity + slack, self.max_new_tokens
     )
+
+  def _costs(self) -> Costs:
+    """Costs of this decoder's rounds, measured once per model and batch."""
+    tables = self.model.cost_tables
+    key = (self.decoder, self.batch)
+    if key not in tables:
+      tables[key] = measure_costs(self.decoder, self.params, self._new_state)
+    return tables[key]
 
   def reply(
     self,
@@ -157,7 +177,7 @@ class Session:
       count = np.clip(lengths - first, 0, size)
       is_last = (lengths > first) & (lengths <= first + size)
       self.state = self.decoder.prefill(
-        self.model.params, self.state, tokens, count, is_last
+        self.params, self.state, tokens, count, is_last
       )
 
   def _run_to_end(self, rows: int, on_tokens: OnTokens | None) -> np.ndarray:
@@ -175,7 +195,7 @@ class Session:
         sent = counts[:rows]
       if done.all():
         return ends
-      self.state = self.decoder.run_rounds(self.model.params, self.state)
+      self.state = self.decoder.run_rounds(self.params, self.state)
 
   def _stream(
     self, sent: np.ndarray, counts: np.ndarray, on_tokens: OnTokens
@@ -192,13 +212,14 @@ class Session:
   ) -> list[Completion]:
     """What each row became; seconds f64[rows] run from first token to last."""
     state = self.state
-    tokens, slots, counts, rounds, accepted, lengths = jax.device_get(
+    tokens, slots, counts, rounds, accepted, verified, lengths = jax.device_get(
       (
         state.tokens,
         state.slots,
         state.count,
         state.rounds,
         state.accepted,
+        state.verified,
         state.cache.length,
       )
     )
@@ -218,6 +239,7 @@ class Session:
           rounds=int(rounds[row]),
           tau=later / int(rounds[row]) if rounds[row] else 0.0,
           accepted=accepted[row].tolist(),
+          width=int(verified[row]) / max(int(rounds[row]), 1),
           ttft_s=ttft,
           tpot_s=elapsed / later if later else 0.0,
           tokens_per_s=later / elapsed if later else 0.0,

@@ -17,6 +17,7 @@ from flax import nnx
 from dflash_jax import layers
 from dflash_jax.cache import KVCache
 from dflash_jax.config import TargetConfig
+from dflash_jax.tree import Tree, ancestors, unpack
 
 Params = dict[str, Any]
 
@@ -110,14 +111,17 @@ class Target:
     tokens: jax.Array,
     cache: KVCache,
     taps: tuple[int, ...] = (),
+    tree: Tree | None = None,
   ) -> tuple[jax.Array, jax.Array, KVCache]:
     """Reads the next tokens of each row.
 
     Args:
       params: as `init` or weights.load_target gives them.
-      tokens: i32[B, T], at positions cache.length + 0..T-1.
+      tokens: i32[B, T], at positions cache.length + 0..T-1; with a tree, the
+        anchor and its nodes, at cache.length + depth.
       cache: committed tokens before them.
       taps: layers whose output is wanted, in order.
+      tree: of T - 1 nodes, each of which sees its ancestors alone.
 
     Returns:
       hidden f32[B, T, D] after the final norm, the taps f32[B, T, taps * D]
@@ -125,13 +129,19 @@ class Target:
     """
     network = nnx.merge(_definition(self.config), nnx.State(params))
     _, T = tokens.shape
+    if tree is None:
+      positions = cache.positions(T)
+      mask = cache.causal_mask(T)
+    else:
+      depths = jnp.pad(tree.depths, ((0, 0), (1, 0)))
+      positions = cache.length[:, None] + depths
+      mask = cache.tree_mask(unpack(ancestors(tree), T))
     angles = layers.rotary_angles(
-      cache.positions(T),
+      positions,
       self.config.head_width,
       self.config.rotary_base,
       self.config.rotary_scaling,
     )
-    mask = cache.causal_mask(T)
     x = network.embedding[tokens].astype(jnp.float32)
     outputs = {}
     for index, layer in enumerate(network.layers):
@@ -141,6 +151,11 @@ class Target:
     tapped = [outputs[tap] for tap in taps]
     states = jnp.concatenate(tapped, axis=-1) if taps else x[..., :0]
     return network.norm(x), states, cache
+
+  def normalize(self, params: Params, output: jax.Array) -> jax.Array:
+    """The last layer's output f[..., D] -> hidden f32[..., D] for `logits`."""
+    network = nnx.merge(_definition(self.config), nnx.State(params))
+    return network.norm(output)
 
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden f32[..., D] after the final norm -> f32[..., V]."""

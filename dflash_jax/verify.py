@@ -1,11 +1,37 @@
-"""What the target makes of a proposal."""
+"""What the target makes of a proposal: the rules of verification.
+
+| rule    | drafts it takes      | what it guarantees                          |
+|---------|----------------------|---------------------------------------------|
+| greedy  | certain              | plain greedy decoding's tokens              |
+| coupled | certain              | the tokens of plain sampling with that seed |
+| token   | certain, drawn; tree | the target's law                            |
+| block   | certain, drawn       | the target's law, most tokens per round     |
+| typical | certain chains       | nothing: lossy, Medusa's typical acceptance |
+
+Certain drafts leave token and block nothing to gain over coupled, whose law
+they share then (inference.md 4.3, 4.4), so coupled is what runs for them.
+docs/verification.md has the mathematics.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from dflash_jax.proposal import Proposal
+from dflash_jax import noise, rejection, tree
+from dflash_jax.config import ConfigError
+from dflash_jax.noise import Stream
+from dflash_jax.proposal import Drafting, Law, Moment, Proposal
+from dflash_jax.sampling import Sampling, argmax, choose, weigh
+
+RULES = ("greedy", "coupled", "token", "block", "typical")
+# What a reader may expect of the output, against plain decoding.
+GUARANTEES = {
+  "tokens": "the tokens of plain decoding with the same seed",
+  "law": "the law of plain decoding, other tokens",
+  "none": "LOSSY: neither the tokens nor the law of plain decoding",
+}
+TYPICAL_FLOOR, TYPICAL_SCALE = 0.09, 0.3  # Medusa's defaults, arXiv 2401.10774
 
 
 @jax.tree_util.register_dataclass
@@ -14,26 +40,226 @@ class Verdict:
   """The tokens a round yields.
 
   Attributes:
-    tokens: i32[B, P + 1]; the first accepted + 1 are the target's own choices.
-    accepted: i32[B], drafts accepted, 0..P.
+    tokens: i32[B, D + 1]; the first accepted + 1 are the round's.
+    accepted: i32[B], drafts accepted, 0..D.
+    path: i32[B, D + 1], the row of [anchor, nodes] at each depth, for trees;
+      past `accepted` it repeats the last. None for chains, which stay in order.
   """
 
   tokens: jax.Array
   accepted: jax.Array
+  path: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+  """A rule and the law it keeps; static in jitted code.
+
+  Attributes:
+    rule: one of RULES.
+    sampling: the target's law.
+    max_depth: the most drafts a round can accept.
+  """
+
+  rule: str
+  sampling: Sampling
+  max_depth: int
+
+  def guarantee(self, drafting: Drafting) -> str:
+    """Key of GUARANTEES: what the output shares with plain decoding's."""
+    if self.rule == "typical":
+      return "none"
+    if self.sampling.is_greedy or drafting.is_certain:
+      return "tokens"
+    return "law"
+
+  def check(self, drafting: Drafting) -> None:
+    """Raises ConfigError for a pairing that would not do what it says."""
+    if self.rule not in RULES:
+      raise ConfigError(
+        f"rule={self.rule!r} is unknown; choose one of {', '.join(RULES)}"
+      )
+    if self.rule == "greedy" and not self.sampling.is_greedy:
+      raise ConfigError(
+        f"rule='greedy' at temperature={self.sampling.temperature} would not "
+        "sample; use rule='coupled', 'token' or 'block'"
+      )
+    if self.rule in ("greedy", "typical") and not drafting.is_certain:
+      raise ConfigError(
+        f"rule={self.rule!r} cannot weigh drawn drafts; set draft_temperature=0"
+      )
+    if self.rule == "block" and drafting.is_tree and not drafting.is_certain:
+      raise ConfigError(
+        "rule='block' has no lossless form for trees of drawn drafts; use "
+        "rule='token' or tree_nodes=0"
+      )
+    if self.rule == "typical" and drafting.is_tree:
+      raise ConfigError("rule='typical' takes chains only; set tree_nodes=0")
+
+  def judge(
+    self, proposal: Proposal, logits: jax.Array, moment: Moment
+  ) -> Verdict:
+    """Applies the rule.
+
+    Args:
+      proposal: P nodes per row.
+      logits: f32[B, P + 1, V], the target's after the anchor and each node.
+      moment: addresses of noise.
+    """
+    if self.rule == "typical":
+      return self._accept_typical(proposal, logits, moment)
+    if proposal.law is None or not proposal.num_nodes:
+      return self._match(proposal, logits, moment)
+    probs = weigh(logits, self.sampling)
+    probs = probs / probs.sum(axis=-1, keepdims=True)
+    if proposal.tree is None:
+      return self._accept_chain(proposal.tokens, proposal.law, probs, moment)
+    return self._accept_siblings(
+      proposal.tokens, proposal.tree, proposal.law, probs, moment
+    )
+
+  def _match(
+    self, proposal: Proposal, logits: jax.Array, moment: Moment
+  ) -> Verdict:
+    """Accepts drafts for as long as they equal what the target chooses.
+
+    Every emitted token is the target's own choice given the tokens before it,
+    with noise that depends on its position alone: plain decoding's tokens, for
+    any drafter (inference.md 4.1, 4.5).
+    """
+    positions = moment.positions[:, None] + 1
+    if proposal.tree is None:
+      rows = jnp.arange(proposal.num_nodes + 1, dtype=jnp.int32)
+      chosen = choose(logits, self.sampling, moment.seeds, positions + rows)
+      return match_prefix(proposal, chosen)
+    chosen = self._choose_rows(proposal.tree, logits, moment)
+    depth = min(self.max_depth, proposal.num_nodes)
+    path, accepted = tree.descend(proposal.tree, proposal.tokens, chosen, depth)
+    tokens = jnp.take_along_axis(chosen, path, axis=1)
+    return Verdict(tokens, accepted, path)
+
+  def _choose_rows(
+    self, nodes: tree.Tree, logits: jax.Array, moment: Moment
+  ) -> jax.Array:
+    """i32[B, P + 1]: the target's choice after each row of a tree."""
+    if self.sampling.is_greedy:
+      return argmax(logits)
+    ahead = jnp.arange(1, self.max_depth + 2, dtype=jnp.int32)
+    times = noise.race_times(
+      Stream.CHOICE,
+      moment.seeds[:, None],
+      moment.positions[:, None] + ahead,
+      logits.shape[-1],
+    )
+    depths = jnp.pad(nodes.depths, ((0, 0), (1, 0)))
+    times = jnp.take_along_axis(times, depths[..., None], axis=1)
+    return argmax(weigh(logits, self.sampling) / times)
+
+  def _accept_chain(
+    self, drafts: jax.Array, law: Law, probs: jax.Array, moment: Moment
+  ) -> Verdict:
+    """The token or the block rule."""
+    draws = noise.uniform(
+      Stream.ACCEPT, moment.seeds, moment.positions, drafts.shape[1]
+    )
+    if self.rule == "token":
+      odds = rejection.token_odds(probs, drafts, law)
+      accepted = count_leading(draws <= odds)
+      scale = jnp.ones_like(odds[:, 0])
+    else:
+      odds, weights = rejection.block_odds(probs, drafts, law)
+      accepted = find_last(draws <= odds)
+      scale = jnp.take_along_axis(weights, accepted[:, None], axis=1)[:, 0]
+    row = jnp.take_along_axis(probs, accepted[:, None, None], axis=1)[:, 0]
+    rejected = accepted < drafts.shape[1]
+    depth = jnp.where(rejected, accepted, law.probs.shape[1])
+    weights = rejection.residual(row, scale, law, depth)
+    last = _draw_last(weights, rejected, moment)
+    return Verdict(_replace(drafts, accepted, last), accepted)
+
+  def _accept_siblings(
+    self,
+    drafts: jax.Array,
+    nodes: tree.Tree,
+    law: Law,
+    probs: jax.Array,
+    moment: Moment,
+  ) -> Verdict:
+    """The token rule over a tree."""
+    draws = noise.uniform(
+      Stream.ACCEPT, moment.seeds, moment.positions, drafts.shape[1]
+    )
+    depth = min(self.max_depth, drafts.shape[1])
+    path, accepted, weights, _ = rejection.accept_siblings(
+      probs, nodes, law, draws, depth
+    )
+    has_child = (nodes.parents == path[:, -1:]).any(axis=1)
+    last = _draw_last(weights, has_child, moment)
+    rows = jnp.pad(drafts, ((0, 0), (1, 0)))
+    tokens = jnp.take_along_axis(rows, path[:, 1:], axis=1)
+    return Verdict(_replace(tokens, accepted, last), accepted, path)
+
+  def _accept_typical(
+    self, proposal: Proposal, logits: jax.Array, moment: Moment
+  ) -> Verdict:
+    """Keeps drafts that are likely enough where the target is unsure. Lossy.
+
+    p(x) > min(floor, scale exp(-entropy)): Medusa, arXiv 2401.10774, section
+    3.3.1. The round's last token is the target's own choice.
+    """
+    probs = weigh(logits, self.sampling)
+    probs = probs / probs.sum(axis=-1, keepdims=True)
+    P = proposal.num_nodes
+    entropy = jax.scipy.special.entr(probs[:, :P]).sum(axis=-1)
+    limit = jnp.minimum(TYPICAL_FLOOR, TYPICAL_SCALE * jnp.exp(-entropy))
+    likely = jnp.take_along_axis(
+      probs[:, :P], proposal.tokens[..., None], axis=-1
+    )[..., 0]
+    accepted = count_leading(likely > limit)
+    rows = jnp.arange(P + 1, dtype=jnp.int32)
+    positions = moment.positions[:, None] + 1 + rows
+    chosen = choose(logits, self.sampling, moment.seeds, positions)
+    last = jnp.take_along_axis(chosen, accepted[:, None], axis=1)[:, 0]
+    return Verdict(_replace(proposal.tokens, accepted, last), accepted)
 
 
 def match_prefix(proposal: Proposal, chosen: jax.Array) -> Verdict:
-  """Accepts drafts for as long as they equal what the target chooses.
-
-  Every emitted token is the target's own choice given the tokens before it, so
-  the output is plain decoding's for any drafter (inference.md 4.1; with seeded
-  noise in the choice, 4.5 with one-hot proposals).
+  """The leading drafts that equal what the target chooses.
 
   Args:
-    proposal: P drafts per row.
+    proposal: a chain of P drafts per row.
     chosen: i32[B, P + 1], the target's token after the anchor and each draft.
   """
-  matches = (proposal.tokens == chosen[:, :-1]).astype(jnp.int32)
-  return Verdict(
-    tokens=chosen, accepted=jnp.cumprod(matches, axis=1).sum(axis=1)
+  accepted = count_leading(proposal.tokens == chosen[:, :-1])
+  return Verdict(tokens=chosen, accepted=accepted)
+
+
+def count_leading(kept: jax.Array) -> jax.Array:
+  """kept bool[B, P] -> i32[B], the number before the first not kept."""
+  return jnp.cumprod(kept.astype(jnp.int32), axis=1).sum(axis=1)
+
+
+def find_last(kept: jax.Array) -> jax.Array:
+  """kept bool[B, P] -> i32[B], place of the last kept, from 1; else 0."""
+  places = jnp.arange(1, kept.shape[1] + 1, dtype=jnp.int32)
+  return jnp.where(kept, places, 0).max(axis=1)
+
+
+def _draw_last(
+  weights: jax.Array, is_recovery: jax.Array, moment: Moment
+) -> jax.Array:
+  """i32[B], a token of f32[B, V]: in place of a rejected draft, or a bonus."""
+  stream = jnp.where(is_recovery, Stream.RECOVERY, Stream.BONUS)
+  times = noise.race_times(
+    stream, moment.seeds, moment.positions, weights.shape[-1]
   )
+  return argmax(weights / times)
+
+
+def _replace(
+  tokens: jax.Array, accepted: jax.Array, last: jax.Array
+) -> jax.Array:
+  """i32[B, D + 1]: drafts i32[B, D], with `last` after the accepted ones."""
+  padded = jnp.pad(tokens, ((0, 0), (0, 1)))
+  places = jnp.arange(padded.shape[1])
+  return jnp.where(places == accepted[:, None], last[:, None], padded)

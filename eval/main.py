@@ -4,17 +4,30 @@
 
 Decodes every prompt with the drafter and without, prints a table, and writes
 JSON (--json_out) and a plot of acceptance by position (--plot_out).
+
+    python -m eval.main --sweep --prompts=FILE --limit=4 --max_new_tokens=64
+
+compares many ways to decode, the points of config.eval.sweep: a row of the
+table each, and a plot of speed-up against tau. Lines of one's own, each a
+product of axes:
+
+    --config.eval.sweep='("width=fixed:3,goodput", "tree_nodes=8,16")'
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
-from dflash_jax import command
+from dflash_jax import command, decode_flags
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.model import load
 from dflash_jax.prompts import read_prompts
-from eval import acceptance, report, speed
+from eval import report, speed, sweep
+
+# The record, its table, and what draws it into a file.
+Judgement = tuple[dict[str, Any], str, Callable[[str, dict[str, Any]], None]]
 
 
 def define_flags() -> None:
@@ -43,7 +56,15 @@ def define_flags() -> None:
     "Prompts decoded together. Default: config.eval.batch_size.",
   )
   flags.DEFINE_string("json_out", None, "File for all results.")
-  flags.DEFINE_string("plot_out", None, "PNG of acceptance by position.")
+  flags.DEFINE_string(
+    "plot_out",
+    None,
+    "PNG of acceptance by position; of a sweep, of speed-up against tau.",
+  )
+  flags.DEFINE_bool(
+    "sweep", False, "Compare the ways to decode in config.eval.sweep."
+  )
+  decode_flags.define_flags()
 
 
 def main(config: Config) -> None:
@@ -54,20 +75,35 @@ def main(config: Config) -> None:
   if values.plot_out:
     report.check_plot(values.plot_out)
   config = _override(config)
-  prompts = read_prompts(values.prompts, config.eval.limit)
-  model = load(config)
-  comparisons = speed.decode_both_ways(model, prompts, config.eval)
-  record = report.to_record(
-    config,
-    len(prompts),
-    acceptance.summarize([c.speculative for c in comparisons]),
-    speed.summarize(comparisons),
-  )
-  print(report.to_table(record))
+  judge = _sweep if values.sweep else _compare
+  record, table, draw = judge(config)
+  print(table)
   if values.json_out:
     report.write_json(values.json_out, record)
   if values.plot_out:
-    report.write_plot(values.plot_out, record)
+    draw(values.plot_out, record)
+
+
+def _compare(config: Config) -> Judgement:
+  """Judges the drafter as the config's decode section uses it."""
+  prompts = read_prompts(flags.FLAGS.prompts, config.eval.limit)
+  model = load(config)
+  comparisons = speed.decode_both_ways(model, prompts, config.eval)
+  rule = model.decoder().rule
+  record = report.to_record(config, len(prompts), rule, comparisons)
+  return record, report.to_table(record), report.write_plot
+
+
+def _sweep(config: Config) -> Judgement:
+  """Judges every point of the sweep."""
+  points = sweep.plan(config)
+  prompts = read_prompts(flags.FLAGS.prompts, config.eval.limit)
+  # Each point shortens the drafter's own block as it asks for.
+  decode = dataclasses.replace(config.decode, block_size=0)
+  model = load(dataclasses.replace(config, decode=decode))
+  results = sweep.evaluate(model, prompts, points, config.eval)
+  record = report.to_sweep_record(config, len(prompts), results)
+  return record, report.to_sweep_table(record), report.write_sweep_plot
 
 
 def _override(config: Config) -> Config:
@@ -79,10 +115,12 @@ def _override(config: Config) -> Config:
     if getattr(values, name) is not None
   }
   path = config.drafter.path if values.drafter is None else values.drafter
-  return dataclasses.replace(
-    config,
-    eval=dataclasses.replace(config.eval, **given),
-    drafter=dataclasses.replace(config.drafter, path=path),
+  return decode_flags.override(
+    dataclasses.replace(
+      config,
+      eval=dataclasses.replace(config.eval, **given),
+      drafter=dataclasses.replace(config.drafter, path=path),
+    )
   )
 
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.sampling import GREEDY, Sampling, argmax, choose
+from dflash_jax.config import ConfigError
+from dflash_jax.sampling import GREEDY, Sampling, argmax, choose, weigh
 
 
 @pytest.mark.parametrize("vocab", [128, 384, 131, 7])
@@ -54,6 +55,9 @@ def test_noise_depends_on_seed_and_position_not_on_row_or_width():
       [0.25 / 0.355, 0.0625 / 0.355, 0.04 / 0.355, 0.0025 / 0.355],
     ),
     (Sampling(1.0, min_p=0.3), [0.5 / 0.95, 0.25 / 0.95, 0.2 / 0.95, 0.0]),
+    (Sampling(1.0, top_k=2), [2 / 3, 1 / 3, 0.0, 0.0]),
+    (Sampling(1.0, top_p=0.8), [0.5 / 0.95, 0.25 / 0.95, 0.2 / 0.95, 0.0]),
+    (Sampling(1.0, top_p=0.7), [2 / 3, 1 / 3, 0.0, 0.0]),
   ],
 )
 def test_draws_follow_the_law(sampling, law):
@@ -66,3 +70,69 @@ def test_draws_follow_the_law(sampling, law):
   # Five standard deviations of a share of 20,011 draws.
   np.testing.assert_allclose(counts, law, atol=5 * 0.5 / np.sqrt(draws))
   assert counts[3] == 0 or law[3] > 0
+
+
+def slow_weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+  """One row's law by sorting, in float64; ties with the last kept are kept."""
+  scaled = logits.astype(np.float64) / sampling.temperature
+  weights = np.exp(scaled - scaled.max())
+  if sampling.top_k:
+    last = np.sort(weights)[::-1][min(sampling.top_k, len(weights)) - 1]
+    weights[weights < last] = 0
+  needed = sampling.top_p * weights.sum()
+  likelier = np.array([weights[weights > w].sum() for w in weights])
+  weights[likelier >= needed] = 0
+  weights[weights < sampling.min_p] = 0
+  return weights
+
+
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    Sampling(0.7),
+    Sampling(1.3, top_k=5),
+    Sampling(1.0, top_p=0.9),
+    Sampling(0.6, top_k=17, top_p=0.5, min_p=0.05),
+    Sampling(1.0, top_p=1e-6),
+    Sampling(1.0, top_k=1000),
+  ],
+  ids=str,
+)
+def test_restrictions_equal_those_of_a_sort(sampling):
+  rng = np.random.default_rng(0)
+  logits = (rng.normal(size=(3, 7, 131)) * 3).astype(np.float32)
+  weights = np.asarray(weigh(jnp.asarray(logits), sampling))
+  for row in np.ndindex(3, 7):
+    expected = slow_weights(logits[row], sampling)
+    np.testing.assert_array_equal(weights[row] > 0, expected > 0)
+    np.testing.assert_allclose(weights[row], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_ties_with_the_last_kept_are_kept():
+  logits = jnp.log(jnp.array([0.4, 0.2, 0.2, 0.1, 0.1]))
+  for sampling in (Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.5)):
+    kept = np.asarray(weigh(logits, sampling)) > 0
+    np.testing.assert_array_equal(kept, [True, True, True, False, False])
+
+
+def test_greedy_weighs_one_token():
+  logits = jnp.array([[0.0, 2.0, 2.0], [3.0, 1.0, 0.0]])
+  weights = weigh(logits, GREEDY)
+  np.testing.assert_array_equal(weights, [[0, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"temperature": -0.5},
+    {"temperature": float("nan")},
+    {"top_k": -1},
+    {"top_p": 0.0},
+    {"top_p": 1.5},
+    {"min_p": 2.0},
+  ],
+)
+def test_impossible_settings_are_refused_by_name_and_value(settings):
+  ((name, value),) = settings.items()
+  with pytest.raises(ConfigError, match=f"{name}={value} is impossible; use"):
+    Sampling(**settings)

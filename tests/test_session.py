@@ -65,7 +65,7 @@ def test_plain_decoding_equals_reading_everything_again():
 
 @pytest.mark.parametrize("width", range(1, DRAFTS + 1))
 def test_every_verify_width_gives_the_plain_tokens(width):
-  model = tiny_model(VOCAB, verify_width=width)
+  model = tiny_model(VOCAB, width=f"fixed:{width}")
   budgets = [23, 19, 1, 17]
   plain = reply(model.without_drafter(), PROMPTS, budgets)
   found = reply(model, PROMPTS, budgets)

@@ -99,7 +99,7 @@ def test_a_narrower_or_wider_verify_width_changes_no_token(model, plain):
   for width in (1, 7):
     config = dataclasses.replace(
       model.config,
-      decode=dataclasses.replace(model.config.decode, verify_width=width),
+      decode=dataclasses.replace(model.config.decode, width=f"fixed:{width}"),
     )
     assert decode(dataclasses.replace(model, config=config), [prompt], 1) == (
       expected

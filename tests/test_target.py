@@ -13,6 +13,7 @@ from dflash_jax import weights
 from dflash_jax.decode import Decoder, ModelParams
 from dflash_jax.drafters import NoDrafter
 from dflash_jax.model import borrow
+from dflash_jax.proposal import Drafting
 from dflash_jax.target import Target
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "targets"
@@ -89,7 +90,7 @@ def test_greedy_continuation_matches_transformers(case):
   target, params, golden = case
   B, T = golden["tokens"].shape
   _, M = golden["greedy"].shape
-  decoder = Decoder(target, NoDrafter(), num_drafts=0, early_exit=True)
+  decoder = Decoder(target, NoDrafter(), Drafting(0), early_exit=True)
   state = decoder.init_state(B, T + M + decoder.slack(T), M)
   state = decoder.begin(state, np.full(B, M), np.zeros(B))
   model = ModelParams(params, {}, borrow(params, None))

@@ -18,7 +18,7 @@ from dflash_jax.config import (
 from dflash_jax.decode import ModelParams
 from dflash_jax.drafters import Borrowed, DFlash, NoDrafter
 from dflash_jax.model import Model, borrow
-from dflash_jax.proposal import Proposal
+from dflash_jax.proposal import Drafting, Moment, Proposal, chain
 from dflash_jax.target import Params, Target
 
 SCALE = 14.0  # of matrices: wide argmax margins, replies that are not constant
@@ -80,7 +80,6 @@ def _tiny_target(config: TargetConfig, seed: int) -> Params:
 def tiny_model(
   vocab: int = 263,
   drafter: bool = True,
-  verify_width: int = 0,
   *,
   seed: int = 0,
   eos_ids: tuple[int, ...] = (),
@@ -93,7 +92,6 @@ def tiny_model(
     vocab: V; with at least 259 the model has a byte tokenizer and answers in
       printable characters that never end a turn; else it has none.
     drafter: whether it has one; untrained, so it is almost always wrong.
-    verify_width: drafts verified per round; 0 takes all BLOCK_SIZE - 1.
     seed: of the random weights.
     eos_ids: stop tokens, besides the byte tokenizer's.
     target: instead of tiny_target_config.
@@ -109,8 +107,7 @@ def tiny_model(
       name="tiny",
       target=TargetSource(random=network),
       decode=DecodeConfig(
-        **{"verify_width": verify_width or BLOCK_SIZE - 1, "max_length": 509}
-        | decode
+        **{"width": f"fixed:{BLOCK_SIZE - 1}", "max_length": 509} | decode
       ),
     ),
     target=formulas,
@@ -166,13 +163,14 @@ class Oracle:
     state: OracleState,
     anchor: jax.Array,
     borrowed: Borrowed,
-    num_drafts: int,
+    drafting: Drafting,
+    moment: Moment,
     remaining: jax.Array,
   ) -> Proposal:
     """What follows the anchor, which stands at state.length."""
-    del anchor, borrowed
-    ahead = state.length[:, None] + 1 + jnp.arange(num_drafts)
-    return Proposal(jnp.take_along_axis(params["text"], ahead, axis=1))
+    del anchor, borrowed, moment
+    ahead = state.length[:, None] + 1 + jnp.arange(drafting.num_nodes)
+    return chain(jnp.take_along_axis(params["text"], ahead, axis=1))
 
 
 def oracle_model(

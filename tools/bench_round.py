@@ -20,6 +20,7 @@ import numpy as np
 from dflash_jax.config_file import default_path, read
 from dflash_jax.decode import Decoder, DecodeState, ModelParams
 from dflash_jax.model import Model, load
+from dflash_jax.proposal import Moment
 from dflash_jax.sampling import argmax
 
 PROMPT, BUDGET, REPEATS = 64, 160, 5
@@ -48,16 +49,17 @@ def time_loop(decoder: Decoder, params: ModelParams) -> float:
 def run_drafter(decoder, params, state, taps, tokens, count, anchor):
   """Absorbs the last round's taps and proposes."""
   drafter = decoder.drafter
-  state = drafter.absorb(params.drafter, state, taps, tokens, count)
+  drafter_state = drafter.absorb(params.drafter, state, taps, tokens, count)
   proposal = drafter.propose(
     params.drafter,
-    state,
+    drafter_state,
     anchor,
     params.borrowed,
-    decoder.num_drafts,
+    decoder.drafting,
+    Moment(jnp.zeros(1, jnp.uint32), drafter_state.length),
     jnp.array([BUDGET]),
   )
-  return state, proposal.tokens
+  return drafter_state, proposal.tokens
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -76,7 +78,7 @@ def time_calls(decoder: Decoder, params: ModelParams) -> float:
   state = start(decoder, params)
   cache, drafter, anchor = state.cache, state.drafter, state.anchor
   count, rounds = jnp.array([2]), BUDGET // 2
-  width = decoder.num_drafts + 1
+  width = decoder.depth + 1
   tokens = jnp.zeros((1, width), jnp.int32)
   tap_width = len(decoder.drafter.taps) * decoder.target.config.width
   taps = jnp.zeros((1, width, tap_width))
@@ -97,7 +99,7 @@ def time_calls(decoder: Decoder, params: ModelParams) -> float:
 
 def measure(model: Model, width: int) -> None:
   """Prints one line of the table."""
-  decode = dataclasses.replace(model.config.decode, verify_width=width)
+  decode = dataclasses.replace(model.config.decode, width=f"fixed:{width}")
   config = dataclasses.replace(model.config, decode=decode)
   decoder = dataclasses.replace(model, config=config).decoder()
   time_loop(decoder, model.params)
@@ -108,7 +110,7 @@ def measure(model: Model, width: int) -> None:
     calls.append(time_calls(decoder, model.params))
     ratios.append(loops[-1] / calls[-1])
   print(
-    f"{decoder.num_drafts:6d} {statistics.median(loops) * 1e3:8.1f} "
+    f"{decoder.depth:6d} {statistics.median(loops) * 1e3:8.1f} "
     f"{statistics.median(calls) * 1e3:8.1f} {statistics.median(ratios):7.3f}",
     flush=True,
   )

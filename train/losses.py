@@ -72,7 +72,11 @@ def is_best(logits: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def slot_sums(
-  logits: jax.Array, columns: jax.Array, mask: jax.Array, config: TrainConfig
+  logits: jax.Array,
+  columns: jax.Array,
+  mask: jax.Array,
+  config: TrainConfig,
+  teacher: jax.Array | None = None,
 ) -> SlotSums:
   """The loss and its company, over blocks.
 
@@ -82,6 +86,8 @@ def slot_sums(
       it: such a slot can never be right, carries no loss, and breaks a run.
     mask: bool[X, K - 1], supervised slots.
     config: names the loss.
+    teacher: f32[X, K - 1, V'], the target's logits of the same tokens, for a
+      config with a teacher_share.
 
   Raises:
     ConfigError: for an unknown loss.
@@ -102,6 +108,11 @@ def slot_sums(
       f"train.loss={config.loss!r} is unknown; choose 'ce' or 'dpace'"
     )
   weights = jnp.where(known, weights, 0.0)
+  if teacher is not None:
+    likely = jax.nn.softmax(jax.lax.stop_gradient(teacher), axis=-1)
+    soft = top - (likely * logits).sum(axis=-1)
+    share = config.teacher_share
+    cross_entropy = (1 - share) * cross_entropy + share * soft
   correct = is_best(logits, columns) & known
   run = jnp.cumprod(correct.astype(jnp.float32), axis=-1)
   return SlotSums(

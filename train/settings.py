@@ -19,7 +19,7 @@ _AT_LEAST = {
   "keep_checkpoints": 1,
   "seed": 0,
 }
-_AT_MOST_ONE = ("dpace_alpha", "final_learning_rate")
+_AT_MOST_ONE = ("dpace_alpha", "teacher_share", "final_learning_rate")
 _BELOW_ONE = ("warmup", "beta1", "beta2")
 _CHOICES = {"loss": ("ce", "dpace"), "compute_dtype": ("float32", "bfloat16")}
 

@@ -108,19 +108,20 @@ class Setup:
       lambda x: x.astype(train.compute_dtype) if x.ndim > 1 else x,
       target_params,
     )
+    trainer = Trainer.create(target, drafter, train)
     cache = None
     if train.feature_cache:
       cache = FeatureCache(
         train.feature_cache,
         corpus,
-        drafter.taps,
-        len(drafter.taps) * target.config.width,
+        trainer.layers_read,
+        len(trainer.layers_read) * target.config.width,
         {"target": identity, "dtype": train.compute_dtype},
       )
       if not cache.is_complete:
         cache.build(target, compute)
     return cls(
-      trainer=Trainer.create(target, drafter, train),
+      trainer=trainer,
       target_params=compute,
       borrowed=borrow(compute, head_ids),
       corpus=corpus,
@@ -168,7 +169,7 @@ class Setup:
     batch = self.batch(indices)
     taps = jax.jit(Trainer.taps, static_argnums=0)(
       self.trainer, self.target_params, batch
-    )
+    )[..., : self.trainer.tap_width]
     lengths = np.minimum(self.corpus.lengths[indices], batch.tokens.shape[1])
     valid = np.arange(batch.tokens.shape[1]) < lengths[:, None]
     return jnp.asarray(measure_tap_scale(np.asarray(taps), valid))

@@ -135,11 +135,13 @@ class Trainer:
       key, batch.loss_mask, self.config.num_anchors
     )
     blocks = self._blocks(batch, anchors, valid)
-    taps = self.taps(target_params, batch)
+    taps, teacher = self._split(target_params, batch, blocks)
 
     def loss_fn(params):
       folded = fold_tap_scale(params, state.tap_scale)
-      sums = self.block_sums(folded, borrowed, batch.tokens, taps, blocks)
+      sums = self.block_sums(
+        folded, borrowed, batch.tokens, taps, blocks, teacher
+      )
       return sums.loss / jnp.maximum(sums.weight, 1e-6), sums
 
     gradients, sums = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -177,7 +179,7 @@ class Trainer:
     """
     anchors, valid = anchors_lib.every_anchor(batch.loss_mask)
     blocks = self._blocks(batch, anchors, valid)
-    taps = self.taps(target_params, batch)
+    taps = self.taps(target_params, batch)[..., : self.tap_width]
     hidden = self._draft(params, borrowed, batch.tokens, taps, blocks)
     columns = self._columns(blocks.labels, borrowed)
 
@@ -198,9 +200,40 @@ class Trainer:
     dtype = target_params["embedding"].dtype
     cache = self.target.init_cache(B, S, dtype)
     _, taps, _ = self.target.forward(
-      target_params, batch.tokens, cache, self.drafter.taps
+      target_params, batch.tokens, cache, self.layers_read
     )
     return jax.lax.stop_gradient(taps)
+
+  @property
+  def layers_read(self) -> tuple[int, ...]:
+    """The drafter's taps, then the last layer if it teaches."""
+    last = (self.target.config.num_layers - 1,)
+    return self.drafter.taps + (last if self.config.teacher_share else ())
+
+  @property
+  def tap_width(self) -> int:
+    """Channels of the drafter's taps."""
+    return len(self.drafter.taps) * self.target.config.width
+
+  def _split(
+    self, target_params: Params, batch: Batch, blocks: Blocks
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """The drafter's taps, and the target's hidden state before each label.
+
+    A label at position t is what the target said after reading t - 1.
+    """
+    states = self.taps(target_params, batch)
+    taps = states[..., : self.tap_width]
+    if not self.config.teacher_share:
+      return taps, None
+    B, A, slots = blocks.labels.shape
+    last = batch.tokens.shape[1] - 1
+    rows = jnp.minimum(blocks.anchors[..., None] + jnp.arange(slots), last)
+    output = jnp.take_along_axis(
+      states[..., self.tap_width :], rows.reshape(B, -1, 1), axis=1
+    )
+    hidden = self.target.normalize(target_params, output)
+    return taps, hidden.reshape(B, A, slots, -1)
 
   def block_sums(
     self,
@@ -209,6 +242,7 @@ class Trainer:
     tokens: jax.Array,
     taps: jax.Array,
     blocks: Blocks,
+    teacher: jax.Array | None = None,
   ) -> SlotSums:
     """Runs all blocks and sums their losses, head and loss in chunks."""
     hidden = self._draft(params, borrowed, tokens, taps, blocks)
@@ -216,11 +250,14 @@ class Trainer:
     head = self._cast(borrowed.head)
 
     def chunk(piece):
-      hidden, columns, mask = piece
+      hidden, columns, mask, *teacher = piece
       logits = self.drafter.logits(hidden, head)
-      return (), losses.slot_sums(logits, columns, mask, self.config)
+      known = [layers.matmul(state, head) for state in teacher]
+      return (), losses.slot_sums(logits, columns, mask, self.config, *known)
 
-    _, sums = self._map_blocks(chunk, (hidden, columns, blocks.mask))
+    taught = () if teacher is None else (teacher,)
+    pieces = (hidden, columns, blocks.mask, *taught)
+    _, sums = self._map_blocks(chunk, pieces)
     return sums
 
   def _blocks(

@@ -193,7 +193,7 @@ def _write_turns(
 ) -> list[Completion]:
   """Continues a user turn that starts with each opening."""
   settings = model.config.synthesis
-  sampling = Sampling(settings.prompt_temperature, settings.prompt_min_p)
+  sampling = Sampling(settings.prompt_temperature, min_p=settings.prompt_min_p)
   tokenizer = _tokenizer(model)
   prefix = tokenizer.user_turn_prefix()
   prompts = [tokenizer.encode(prefix + text) for text in openings]
@@ -224,7 +224,7 @@ def _answer_shard(
 ) -> tuple[list[Example], dict[str, int]]:
   """Answers one shard's prompts, batched by length, and filters the answers."""
   settings = model.config.synthesis
-  sampling = Sampling(settings.answer_temperature, settings.answer_min_p)
+  sampling = Sampling(settings.answer_temperature, min_p=settings.answer_min_p)
   # Noise streams of their own: prompts were drawn from the ones before.
   seed = settings.seed + settings.num_self_prompts + first
   tokenizer = _tokenizer(model)

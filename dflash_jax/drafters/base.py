@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
-from dflash_jax.proposal import Proposal
+from dflash_jax.proposal import Drafting, Moment, Proposal
 
 Params = dict[str, Any]
 State = Any  # a pytree of the drafter's own
@@ -69,7 +69,8 @@ class Drafter(Protocol):
     state: State,
     anchor: jax.Array,
     borrowed: Borrowed,
-    num_drafts: int,
+    drafting: Drafting,
+    moment: Moment,
     remaining: jax.Array,
   ) -> Proposal:
     """Drafts what follows the anchor.
@@ -79,7 +80,10 @@ class Drafter(Protocol):
       state: has absorbed every token before the anchor.
       anchor: i32[B], the last emitted token.
       borrowed: the target's tables.
-      num_drafts: P, length of the chain.
+      drafting: how many nodes, chain or tree, certain or drawn. A drafter that
+        only knows certain chains offers those, whatever is asked: every rule
+        takes them.
+      moment: addresses of noise, and the anchor's position.
       remaining: i32[B], tokens the reply may still take; drafts past them are
         never used.
     """

@@ -21,8 +21,7 @@ from dflash_jax import layers
 from dflash_jax.cache import KVCache
 from dflash_jax.config import DrafterConfig
 from dflash_jax.drafters.base import Borrowed, Params
-from dflash_jax.proposal import Proposal
-from dflash_jax.sampling import argmax
+from dflash_jax.proposal import Drafting, Moment, Proposal, from_marginals
 
 # (layer, query f32[B, K, N, H]) -> (out f32[B, K, N, H], lse f32[B, K, N])
 ContextAttention = Callable[[int, jax.Array], tuple[jax.Array, jax.Array]]
@@ -127,17 +126,19 @@ class DFlash:
     state: KVCache,
     anchor: jax.Array,
     borrowed: Borrowed,
-    num_drafts: int,
+    drafting: Drafting,
+    moment: Moment,
     remaining: jax.Array,
   ) -> Proposal:
-    """The most likely token of each of the first num_drafts mask slots."""
+    """Drafts from the mask slots, whose laws are independent."""
     hidden = self.draft(
       params, state, anchor, borrowed.embedding, remaining + 1
     )
-    drafted = hidden[:, 1 : 1 + num_drafts]
-    columns = argmax(self.logits(drafted, borrowed.head))
-    ids = borrowed.head_ids
-    return Proposal(tokens=columns if ids is None else ids[columns])
+    depths = self.max_drafts if drafting.is_tree else drafting.num_nodes
+    logits = self.logits(hidden[:, 1 : 1 + depths], borrowed.head)
+    return from_marginals(
+      logits, borrowed.head_ids, drafting, moment, self.config.vocab_size
+    )
 
   def draft(
     self,

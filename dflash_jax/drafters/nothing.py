@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dflash_jax.drafters.base import Borrowed, Params, State
-from dflash_jax.proposal import Proposal
+from dflash_jax.proposal import Drafting, Moment, Proposal, chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,10 @@ class NoDrafter:
     state: State,
     anchor: jax.Array,
     borrowed: Borrowed,
-    num_drafts: int,
+    drafting: Drafting,
+    moment: Moment,
     remaining: jax.Array,
   ) -> Proposal:
     """The empty chain."""
-    del params, state, borrowed, num_drafts, remaining
-    return Proposal(tokens=jnp.zeros((anchor.shape[0], 0), jnp.int32))
+    del params, state, borrowed, drafting, moment, remaining
+    return chain(jnp.zeros((anchor.shape[0], 0), jnp.int32))

@@ -15,6 +15,7 @@ from dflash_jax.decode import Decoder, ModelParams
 from dflash_jax.drafters import DFlash
 from dflash_jax.features import choose_taps
 from dflash_jax.model import borrow
+from dflash_jax.proposal import Drafting
 from dflash_jax.target import Target
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "drafter"
@@ -48,7 +49,7 @@ class Case:
     decoder = Decoder(
       self.target,
       self.drafter,
-      num_drafts=self.drafter.max_drafts,
+      Drafting(self.drafter.max_drafts),
       stop_ids=tuple(settings["stop_token_ids"] or ()),
       rounds_per_dispatch=1,
     )

@@ -16,6 +16,7 @@ from dflash_jax.config import TrainConfig
 from dflash_jax.decode import Decoder
 from dflash_jax.drafters import DFlash, NoDrafter
 from dflash_jax.model import Model, borrow
+from dflash_jax.proposal import Drafting
 from dflash_jax.session import Session
 from tests.testing import tiny_drafter_config, tiny_model
 from train.corpus import Corpus
@@ -51,7 +52,7 @@ def greedy_answers(
   session = Session(
     model=model,
     decoder=Decoder(
-      model.target, NoDrafter(), num_drafts=0, stop_ids=model.stop_ids
+      model.target, NoDrafter(), Drafting(0), stop_ids=model.stop_ids
     ),
     batch=len(prompts),
     capacity=32 + max_new_tokens,

@@ -15,6 +15,7 @@ from dflash_jax.config import Config, ConfigError, to_json
 from dflash_jax.config_json import from_json
 from dflash_jax.decode import Decoder, ModelParams
 from dflash_jax.model import borrow
+from dflash_jax.proposal import Drafting
 from dflash_jax.session import Session
 from dflash_jax.weights import WeightsError
 from tests.train.programs import run
@@ -55,7 +56,7 @@ def workdir(setup, trained, head_ids, tmp_path_factory) -> pathlib.Path:
 
 def decode(setup, drafter, params, head_ids):
   """Tokens and accepted lengths of four prompts of the corpus."""
-  decoder = Decoder(setup.trainer.target, drafter, num_drafts=4)
+  decoder = Decoder(setup.trainer.target, drafter, Drafting(4))
   everything = ModelParams(
     setup.target_params, params, borrow(setup.target_params, head_ids)
   )

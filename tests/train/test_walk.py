@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.decode import Decoder, ModelParams
+from dflash_jax.proposal import Drafting
 from tests.testing import BLOCK_SIZE
 from tests.train.conftest import ANSWER_TOKENS
 from train.loop import evaluate
@@ -92,7 +93,7 @@ def decode_rounds(setup: Setup, params, index: int) -> tuple[list, list]:
   decoder = Decoder(
     target=setup.trainer.target,
     drafter=setup.trainer.drafter,
-    num_drafts=K - 1,
+    drafting=Drafting(K - 1),
     stop_ids=setup.trainer.target.config.eos_ids,
     rounds_per_dispatch=1,
   )
