@@ -68,3 +68,44 @@ def test_a_token_sees_itself_and_what_is_before_it():
   ]
   np.testing.assert_array_equal(cache.causal_mask(2), np.array(expected) == 1)
   np.testing.assert_array_equal(cache.positions(2), [[0, 1], [2, 3]])
+
+
+def test_a_tree_row_sees_committed_slots_and_its_ancestors():
+  cache = new_cache(2, 7).commit(jnp.array([1, 3]))
+  ancestors = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+  mask = cache.tree_mask(jnp.asarray(np.stack([ancestors] * 2)))
+  expected = np.zeros((2, 3, 7), bool)
+  for row, length in enumerate((1, 3)):
+    expected[row, :, :length] = True
+    expected[row, :, length : length + 3] = ancestors
+  np.testing.assert_array_equal(mask, expected)
+
+
+def test_a_chain_is_the_tree_of_all_earlier_rows():
+  cache = new_cache(3, 11).commit(jnp.array([0, 2, 5]))
+  ancestors = jnp.tril(jnp.ones((3, 4, 4), bool))
+  np.testing.assert_array_equal(
+    cache.tree_mask(ancestors), cache.causal_mask(4)
+  )
+
+
+def test_a_committed_path_moves_up_and_nothing_before_it_changes():
+  for batch in (1, 3):
+    length = jnp.array([2, 0, 5])[:batch]
+    cache = new_cache(batch).append(0, rows(batch, 5, 7), rows(batch, 5, 7))
+    cache = cache.commit(length)
+    values = 10.0 + jnp.arange(6)[None, :, None, None]
+    values = jnp.broadcast_to(values, (batch, 6, 2, 5))
+    cache = cache.append(0, values, values + 100)
+    path = jnp.tile(jnp.array([[0, 2, 5, 5]]), (batch, 1))
+    count = jnp.array([3, 1, 0])[:batch]
+    cache = cache.commit(count, path)
+    np.testing.assert_array_equal(cache.length, length + count)
+    for row in range(batch):
+      n = int(length[row])
+      keys = cache.read(0)[0][row, 1, :, 3]
+      np.testing.assert_array_equal(keys[:n], [7] * n)
+      np.testing.assert_array_equal(keys[n : n + 3], [10, 12, 15])
+      kept = cache.read(0)[1][row, 0, n : n + 3, 0]
+      np.testing.assert_array_equal(kept, [110, 112, 115])
+      assert not np.any(cache.read(1)[0])

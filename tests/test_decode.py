@@ -230,16 +230,14 @@ def joint_law(model, prompt, sampling) -> np.ndarray:
   return first[:, None, None] * second[:, :, None] * laws[:, :, 2]
 
 
-def count_replies(model, decoder, prompt) -> np.ndarray:
+def count_replies(model, decoder, prompt, passes=PASSES) -> np.ndarray:
   """i64[V, V, V], how often each reply of three tokens was drawn."""
   counts = np.zeros((TINY,) * LENGTH, np.int64)
-  session = Session(model, decoder, ROWS, capacity=16, max_new_tokens=LENGTH)
-  chunk = 16
-  tokens = np.zeros((ROWS, chunk), np.int32)
-  tokens[:, : len(prompt)] = prompt
-  for number in range(PASSES):
+  tokens = np.tile(np.array(prompt, np.int32), (ROWS, 1))
+  capacity = len(prompt) + LENGTH + decoder.slack(len(prompt))
+  for number in range(passes):
     state = decoder.begin(
-      session._new_state(),
+      decoder.init_state(ROWS, capacity, LENGTH),
       np.full(ROWS, LENGTH),
       np.arange(ROWS, dtype=np.uint32) + ROWS * number,
     )
@@ -309,7 +307,7 @@ def test_widths_that_follow_the_drafts_keep_the_law(tiny):
 def planted_error(model, rule, drafting, prompt=(2, 0, 3)) -> float:
   jax.clear_caches()
   _, decoder = law_decoder(model, rule, drafting)
-  counts = count_replies(model, decoder, list(prompt))
+  counts = count_replies(model, decoder, list(prompt), passes=10)
   jax.clear_caches()
   return chi_squared(counts, joint_law(model, list(prompt), LAW))
 
@@ -368,7 +366,7 @@ def drafts_at_every_round(model, decoder) -> list[list[int]]:
 
 
 def offer_of(model, decoder, state) -> list[int]:
-  proposal = decoder.drafter.propose(
+  proposal = jax.jit(decoder.drafter.propose, static_argnums=4)(
     model.params.drafter,
     state.drafter,
     state.anchor,
@@ -381,30 +379,31 @@ def offer_of(model, decoder, state) -> list[int]:
 
 
 def fresh_offers(model, decoder) -> list[list[int]]:
-  """The same, with a drafter that reads the whole text anew each round."""
+  """What a drafter offers that has just read the text, for every length."""
   tokens = reply(model, decoder, prompts=[PROMPTS[1]])[0].tokens
-  text = [*PROMPTS[1], *tokens]
-  offers = []
-  taps = model.drafter.taps
-  for length in range(len(PROMPTS[1]) + 1, len(text) + 1):
-    read = jnp.asarray([text[: length - 1]], jnp.int32)
-    cache = model.target.init_cache(1, 64)
-    _, states, _ = model.target.forward(model.params.target, read, cache, taps)
-    state = model.drafter.init_state(1, 64, "float32")
-    state = model.drafter.absorb(
-      model.params.drafter, state, states, read, jnp.array([length - 1])
-    )
-    proposal = model.drafter.propose(
-      model.params.drafter,
+  text = np.array([*PROMPTS[1], *tokens], np.int32)
+  first = len(PROMPTS[1])
+  anchors = jnp.arange(first, len(text))  # the anchor's place; all before: read
+  rows = jnp.asarray(np.tile(text, (len(anchors), 1)))
+
+  @jax.jit
+  def offer(params):
+    cache = model.target.init_cache(*rows.shape)
+    drafter = model.drafter
+    _, taps, _ = model.target.forward(params.target, rows, cache, drafter.taps)
+    state = drafter.init_state(*rows.shape, "float32")
+    state = drafter.absorb(params.drafter, state, taps, rows, anchors)
+    return drafter.propose(
+      params.drafter,
       state,
-      jnp.asarray([text[length - 1]], jnp.int32),
-      model.params.borrowed,
+      jnp.take_along_axis(rows, anchors[:, None], axis=1)[:, 0],
+      params.borrowed,
       Drafting(K - 1),
-      decode.Moment(jnp.zeros(1, jnp.uint32), state.length),
-      jnp.array([100]),
-    )
-    offers.append(proposal.tokens[0].tolist())
-  return offers
+      decode.Moment(jnp.zeros(len(anchors), jnp.uint32), anchors),
+      jnp.full_like(anchors, 100),
+    ).tokens
+
+  return np.asarray(offer(model.params)).tolist()
 
 
 def offers_agree(model) -> bool:

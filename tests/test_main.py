@@ -74,6 +74,7 @@ def test_json_lines_hold_the_promised_keys(oracle):
     "plain_tokens_per_s",
     "speedup",
     "identical",
+    "guarantee",
   ]
   assert compared["identical"] is True
 

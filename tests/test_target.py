@@ -15,6 +15,7 @@ from dflash_jax.drafters import NoDrafter
 from dflash_jax.model import borrow
 from dflash_jax.proposal import Drafting
 from dflash_jax.target import Target
+from dflash_jax.tree import Tree
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "targets"
 CASES = sorted(path.name for path in GOLDENS.iterdir())
@@ -135,3 +136,58 @@ def test_random_parameters_have_the_shapes_of_loaded_ones(case):
   drawn = jax.eval_shape(target.init, jax.random.key(0))
   shapes = jax.tree.map(lambda x: x.shape, params)
   assert jax.tree.map(lambda x: x.shape, drawn) == shapes
+
+
+# --- Trees --------------------------------------------------------------------
+
+
+def random_tree(rng, batch, num_nodes):
+  """Parents i32[B, P] of nodes that each hang anywhere before themselves."""
+  parents = [[rng.integers(0, n + 1) for n in range(num_nodes)]] * batch
+  depths = np.zeros((batch, num_nodes + 1), np.int32)
+  for node in range(num_nodes):
+    depths[:, node + 1] = depths[0, parents[0][node]] + 1
+  return Tree(
+    parents=jnp.asarray(parents, jnp.int32),
+    depths=jnp.asarray(depths[:, 1:]),
+    ranks=jnp.zeros((batch, num_nodes), jnp.int32),
+  )
+
+
+def path_to(tree, row):
+  """Rows from the anchor to one row, in order."""
+  path = [row]
+  while path[-1]:
+    path.append(int(tree.parents[0, path[-1] - 1]))
+  return path[::-1]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 11, 37])
+def test_a_pass_over_a_tree_equals_a_pass_over_each_of_its_chains(
+  cache_case, num_nodes
+):
+  """Logits and taps of every node, behind a committed prompt."""
+  target, params, golden = cache_case
+  rng = np.random.default_rng(num_nodes)
+  prompt = jnp.asarray(golden["tokens"][:, :5])
+  batch, vocab = prompt.shape[0], target.config.vocab_size
+  taps = taps_of(target)
+  cache = target.init_cache(batch, 47)
+  _, _, cache = forward(target, params, prompt, cache, taps)
+  cache = cache.commit(jnp.full((batch,), 5))
+  tree = random_tree(rng, batch, num_nodes)
+  tokens = jnp.asarray(rng.integers(0, vocab, (batch, num_nodes + 1)))
+  hidden, states, _ = forward(target, params, tokens, cache, taps, tree)
+  width = int(tree.depths.max()) + 1
+  for row in range(num_nodes + 1):
+    path = path_to(tree, row)
+    chain = jnp.zeros((batch, width), jnp.int32)
+    chain = chain.at[:, : len(path)].set(tokens[:, jnp.asarray(path)])
+    alone, own, _ = forward(target, params, chain, cache, taps)
+    last = len(path) - 1
+    np.testing.assert_allclose(
+      target.logits(params, hidden[:, row]),
+      target.logits(params, alone[:, last]),
+      atol=1e-4,
+    )
+    np.testing.assert_allclose(states[:, row], own[:, last], atol=1e-4)

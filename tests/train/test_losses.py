@@ -193,6 +193,46 @@ def test_sums_over_pieces_add_up_to_the_whole(data, loss):
     )
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("loss", ["ce", "dpace"])
+def test_soft_labels_share_in_the_loss_and_keep_the_weights(data, loss, share):
+  """CE against the teacher's softmax, slot by slot in float64."""
+  config = TrainConfig(loss=loss, teacher_share=share)
+  rng = np.random.default_rng(4)
+  teacher = rng.normal(size=data["logits"].shape).astype(np.float32) * 2
+  order = (data[name] for name in ("logits", "columns", "mask"))
+  arguments = (*order, config)
+  hard = slot_sums(*arguments)
+  mixed = slot_sums(*arguments, teacher)
+  logits = data["logits"].astype(np.float64)
+  log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  p = np.exp(teacher.astype(np.float64))
+  p /= p.sum(-1, keepdims=True)
+  soft = -(p * log_q).sum(-1)
+  known = data["mask"] & (data["columns"] >= 0)
+  column = np.maximum(data["columns"], 0)[..., None]
+  label = -np.take_along_axis(log_q, column, -1)[..., 0]
+  if loss == "ce":
+    weights = np.broadcast_to(decay_weights(K, 0.0), known.shape)
+  else:
+    surprise = np.where(known, label, np.inf)
+    weights = dpace_weights(surprise, data["mask"], config.dpace_alpha)
+  expected = (1 - share) * label + share * soft
+  expected = np.where(known, weights * expected, 0).sum()
+  np.testing.assert_allclose(mixed.loss, expected, rtol=1e-5)
+  for name in ("weight", "correct", "accepted"):
+    np.testing.assert_array_equal(getattr(hard, name), getattr(mixed, name))
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_left_to_learn(data):
+  config = TrainConfig(teacher_share=1.0)
+  logits, columns, mask = data["logits"], data["columns"], data["mask"]
+  gradient = jax.grad(
+    lambda x: slot_sums(x, columns, mask, config, logits).loss
+  )(logits)
+  np.testing.assert_allclose(gradient, np.zeros_like(gradient), atol=1e-5)
+
+
 def test_an_unknown_loss_is_refused(data):
   with pytest.raises(ConfigError, match="'mse' is unknown; choose 'ce'"):
     slot_sums(

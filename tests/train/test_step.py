@@ -256,6 +256,51 @@ def test_training_learns_a_small_corpus_by_heart(trained):
   assert np.mean(tau[-10:]) > 2.0
 
 
+# --- Soft labels --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_the_teacher_says_what_the_target_said_before_each_label(
+  setup, is_cached
+):
+  """Its greedy answers are its own argmax: rows off by one would not match."""
+  trainer = dataclasses.replace(
+    setup.trainer,
+    settings=tuple(
+      sorted((dict(setup.trainer.settings) | {"teacher_share": 0.5}).items())
+    ),
+  )
+  batch = setup.train_batch(0)
+  if is_cached:
+    states = trainer.taps(setup.target_params, batch)
+    batch = dataclasses.replace(batch, taps=states.astype(jnp.float16))
+  anchors, valid = draw_anchors(jax.random.key(0), batch.loss_mask, A)
+  blocks = cut_blocks(batch.tokens, batch.loss_mask, anchors, valid, K)
+  taps, hidden = trainer._split(setup.target_params, batch, blocks)
+  said = trainer.target.logits(setup.target_params, hidden).argmax(-1)
+  mask = np.asarray(blocks.mask)
+  assert mask.sum() > 20
+  np.testing.assert_array_equal(
+    np.asarray(said)[mask], np.asarray(blocks.labels)[mask]
+  )
+  np.testing.assert_allclose(
+    taps, setup.trainer.taps(setup.target_params, batch)[..., : taps.shape[-1]]
+  )
+
+
+def test_soft_labels_train_too(setup):
+  trainer = dataclasses.replace(
+    setup.trainer,
+    settings=tuple(
+      sorted((dict(setup.trainer.settings) | {"teacher_share": 1.0}).items())
+    ),
+  )
+  _, history = train_steps(dataclasses.replace(setup, trainer=trainer), 60)
+  loss = [float(metrics["loss"]) for metrics in history]
+  # A teacher's own entropy stays: no loss goes below it.
+  assert np.mean(loss[-5:]) < loss[0] - 0.4
+
+
 # --- Tap scale ----------------------------------------------------------------
 
 
