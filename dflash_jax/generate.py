@@ -227,7 +227,10 @@ def seed_of(model: Model, place: int) -> int:
     model: its config's seed may be any non-negative integer.
     place: of the conversation's first turn in the result.
   """
-  words = np.random.SeedSequence([model.config.decode.seed, place])
+  seed = model.config.decode.seed
+  if seed < 0:
+    raise ConfigError(f"seed={seed} is impossible; use 0 or more")
+  words = np.random.SeedSequence([seed, place])
   return int(words.generate_state(1)[0])
 
 

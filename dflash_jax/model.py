@@ -8,7 +8,12 @@ import numpy as np
 
 from dflash_jax import weights
 from dflash_jax.byte_tokenizer import byte_tokenizer
-from dflash_jax.config import Config, ConfigError, DrafterConfig
+from dflash_jax.config import (
+  Config,
+  ConfigError,
+  DecodeConfig,
+  DrafterConfig,
+)
 from dflash_jax.decode import Decoder, ModelParams
 from dflash_jax.drafters import REGISTRY, Borrowed, DFlash, Drafter, NoDrafter
 from dflash_jax.proposal import Drafting
@@ -62,6 +67,11 @@ class Model:
       decode.temperature, decode.top_k, decode.top_p, decode.min_p
     )
     rule = given or ("greedy" if sampling.is_greedy else "coupled")
+    if decode.tree_nodes < 0:
+      raise ConfigError(
+        f"tree_nodes={decode.tree_nodes} is impossible; use 0 for chains, or "
+        "at least 1"
+      )
     device = jax.default_backend()
     nodes = decode.tree_nodes or self.drafter.max_drafts
     text = decode.width or (
@@ -70,7 +80,7 @@ class Model:
     policy = parse_width(text) if text else Fixed()
     if isinstance(policy, Fixed):
       nodes = policy.widths(nodes)[0]
-    drafts = Sampling(decode.draft_temperature, decode.draft_top_k)
+    drafts = _draft_sampling(decode)
     if not self.drafter.max_drafts:  # plain decoding
       nodes, policy, drafts = 0, Fixed(), GREEDY
     return Decoder(
@@ -164,6 +174,14 @@ def _load_drafter(
   network.check_target(target.config)
   network = _shorten(network, config.decode.block_size)
   return DFlash(network), params, head_ids
+
+
+def _draft_sampling(decode: DecodeConfig) -> Sampling:
+  """How drafts are drawn; complaints name the draft's settings."""
+  try:
+    return Sampling(decode.draft_temperature, decode.draft_top_k)
+  except ConfigError as error:
+    raise ConfigError(f"draft_{error}") from error
 
 
 def _shorten(network: DrafterConfig, block_size: int) -> DrafterConfig:

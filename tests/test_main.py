@@ -193,6 +193,73 @@ def test_scripts_get_json_and_nothing_else(tmp_path):
   assert not done.stderr
 
 
+def test_sampled_replies_are_those_of_plain_sampling_and_follow_the_seed(
+  tmp_path,
+):
+  drafter = save_tiny_drafter(tmp_path / "drafter")
+  replies = {}
+  for seed in (7, 8):
+    done = run_module(
+      "dflash_jax",
+      f"--config={TINY}",
+      f"--drafter={drafter}",
+      "--prompt=Hello",
+      "--max_new_tokens=9",
+      "--compare",
+      "--json",
+      "--temperature=0.9",
+      "--top_p=0.9",
+      "--draft_temperature=1.2",
+      "--tree_nodes=6",
+      "--width=goodput",
+      f"--seed={seed}",
+    )
+    assert done.returncode == 0, done.stderr
+    replies[seed] = json.loads(done.stdout)
+    assert replies[seed]["identical"] is True
+    assert replies[seed]["guarantee"] == "tokens"
+  assert replies[7]["tokens"] != replies[8]["tokens"]
+
+
+@pytest.mark.parametrize(
+  ("rule", "draft_temperature", "caveat"),
+  [("token", 1.0, "(the law of plain decoding"), ("typical", 0.0, "(LOSSY")],
+)
+def test_a_comparison_says_what_its_rule_promises(
+  rule, draft_temperature, caveat
+):
+  model = tiny_model(
+    max_new_tokens=7,
+    rule=rule,
+    temperature=1.0,
+    draft_temperature=draft_temperature,
+  )
+  shown = printed(model, "Hello", compare=True)
+  assert caveat in shown.splitlines()[-1]
+
+
+def test_a_width_below_the_block_is_told():
+  model = tiny_model(max_new_tokens=7, tree_nodes=9, width="fixed:6")
+  assert "(6.0 drafts verified per round)" in printed(model, "Hello")
+
+
+def test_a_block_can_be_shorter_than_it_was_trained_for(tmp_path):
+  drafter = save_tiny_drafter(tmp_path / "drafter")  # of blocks of 4
+  settings = ["--prompt=Hello", "--max_new_tokens=9", "--width=fixed:9"]
+  for size, complaint in ((2, ""), (5, "was trained for 4: use 2 to 4")):
+    done = run_module(
+      "dflash_jax",
+      f"--config={TINY}",
+      f"--drafter={drafter}",
+      f"--block_size={size}",
+      *settings,
+    )
+    assert complaint in done.stderr
+    if not complaint:
+      assert "acceptance by slot: 1: " in done.stdout
+      assert "2: " not in done.stdout.split("acceptance by slot")[1][:12]
+
+
 def test_chat_reads_piped_lines():
   done = run_module(
     "dflash_jax",
@@ -216,6 +283,12 @@ def test_chat_reads_piped_lines():
     (["--prompt=a", "--drafter=nowhere/at/all"], "nowhere/at/all"),
     (["--prompts=missing.jsonl"], "missing.jsonl does not exist"),
     (["--prompt=a", "--chat"], "give one of"),
+    (["--prompt=a", "--rule=best"], "rule='best' is unknown; choose one of"),
+    (["--prompt=a", "--rule=greedy", "--temperature=1"], "would not sample"),
+    (["--prompt=a", "--top_p=0"], "top_p=0.0 is impossible; use more than 0"),
+    (["--prompt=a", "--draft_temperature=-1"], "draft_temperature=-1.0 is"),
+    (["--prompt=a", "--tree_nodes=-2"], "tree_nodes=-2 is impossible"),
+    (["--prompt=a", "--seed=-1"], "seed=-1 is impossible; use 0 or more"),
   ],
 )
 def test_mistakes_end_with_one_line(arguments, complaint):
