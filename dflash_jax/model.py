@@ -12,7 +12,6 @@ from dflash_jax.config import (
   Config,
   ConfigError,
   DecodeConfig,
-  DrafterConfig,
 )
 from dflash_jax.decode import Decoder, ModelParams
 from dflash_jax.drafters import REGISTRY, Borrowed, DFlash, Drafter, NoDrafter
@@ -73,7 +72,8 @@ class Model:
         "at least 1"
       )
     device = jax.default_backend()
-    nodes = decode.tree_nodes or self.drafter.max_drafts
+    drafter = _shorten(self.drafter, decode.block_size)
+    nodes = decode.tree_nodes or drafter.max_drafts
     text = decode.width or (
       "" if decode.tree_nodes else CHAIN_WIDTHS.get(device)
     )
@@ -81,11 +81,11 @@ class Model:
     if isinstance(policy, Fixed):
       nodes = policy.widths(nodes)[0]
     drafts = _draft_sampling(decode)
-    if not self.drafter.max_drafts:  # plain decoding
+    if not drafter.max_drafts:  # plain decoding
       nodes, policy, drafts = 0, Fixed(), GREEDY
     return Decoder(
       target=self.target,
-      drafter=self.drafter,
+      drafter=drafter,
       drafting=Drafting(
         num_nodes=nodes,
         is_tree=decode.tree_nodes > 0 and nodes > 0,
@@ -172,7 +172,6 @@ def _load_drafter(
     )
   network, params, head_ids = weights.load_drafter(path, config.target.dtype)
   network.check_target(target.config)
-  network = _shorten(network, config.decode.block_size)
   return DFlash(network), params, head_ids
 
 
@@ -184,13 +183,14 @@ def _draft_sampling(decode: DecodeConfig) -> Sampling:
     raise ConfigError(f"draft_{error}") from error
 
 
-def _shorten(network: DrafterConfig, block_size: int) -> DrafterConfig:
+def _shorten(drafter: Drafter, block_size: int) -> Drafter:
   """The same drafter, drafting blocks of block_size slots; 0 keeps its own."""
-  if not block_size:
-    return network
-  if not 2 <= block_size <= network.block_size:
+  if not block_size or not drafter.max_drafts:
+    return drafter
+  trained = drafter.max_drafts + 1
+  if not isinstance(drafter, DFlash) or not 2 <= block_size <= trained:
     raise ConfigError(
-      f"decode.block_size={block_size} is impossible; this drafter was trained "
-      f"for {network.block_size}: use 2 to {network.block_size}, or 0"
+      f"block_size={block_size} is impossible; this drafter was trained for "
+      f"{trained}: use 2 to {trained}, or 0"
     )
-  return dataclasses.replace(network, block_size=block_size)
+  return DFlash(dataclasses.replace(drafter.config, block_size=block_size))

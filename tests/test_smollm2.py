@@ -106,18 +106,79 @@ def test_a_narrower_or_wider_verify_width_changes_no_token(model, plain):
     )
 
 
+def with_decode(model: Model, **settings) -> Model:
+  """The model, decoding in another way."""
+  decode = dataclasses.replace(model.config.decode, **settings)
+  config = dataclasses.replace(model.config, decode=decode)
+  return dataclasses.replace(model, config=config)
+
+
+def differing(
+  model: Model, texts: list[str], law: dict, drafts: dict, **settings
+) -> list[str]:
+  """Prompts whose replies are not those of plain decoding of the same law."""
+  ours = generate(with_decode(model, **law, **drafts), texts, **settings)
+  plain = with_decode(model.without_drafter(), **law)
+  expected = generate(plain, texts, **settings)
+  pairs = zip(texts, ours, expected, strict=True)
+  return [text for text, a, b in pairs if a.tokens != b.tokens]
+
+
+def mixed_prompts(count: int) -> list[str]:
+  prompts = read_prompts("eval/prompts/mixed.jsonl", count)
+  return [prompt.turns[0] for prompt in prompts]
+
+
+DRAFTS = {
+  "K=4": {"block_size": 4, "width": "fixed:3"},
+  "K=8": {"width": "fixed:7", "draft_temperature": 0.8},
+  "P=8": {"tree_nodes": 8},
+  "P=32": {"tree_nodes": 32, "draft_temperature": 0.8},
+}
+
+
+@pytest.mark.parametrize(
+  ("law", "drafts"),
+  [
+    ({}, {"tree_nodes": 11}),
+    ({"temperature": 1.0, "top_p": 0.9}, DRAFTS["P=8"]),
+    ({"temperature": 0.6}, DRAFTS["K=8"]),
+    ({"temperature": 1.0, "top_k": 50}, {"width": "threshold:0.3"}),
+  ],
+  ids=["greedy tree", "coupled tree", "coupled chain", "threshold"],
+)
+def test_trees_and_sampling_keep_the_tokens(model, law, drafts):
+  settings = {"max_new_tokens": 32, "batch_size": 4}
+  assert not differing(model, mixed_prompts(4), law, drafts, **settings)
+
+
+# --- Slow proofs --------------------------------------------------------------
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_speculative_tokens_are_plain_decodings_on_many_prompts(
-  model, plain, batch_size
-):
-  texts = [p.turns[0] for p in read_prompts("eval/prompts/chat.jsonl")]
+def test_greedy_tokens_are_plain_decodings_on_200_prompts(model, batch_size):
   settings = {"max_new_tokens": 128, "batch_size": batch_size}
-  speculative = generate(model, texts, **settings)
-  expected = generate(plain, texts, **settings)
-  differing = [
-    text
-    for text, ours, theirs in zip(texts, speculative, expected, strict=True)
-    if ours.tokens != theirs.tokens
-  ]
-  assert not differing
+  assert not differing(model, mixed_prompts(200), {}, {}, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_nodes", [8, 32])
+def test_greedy_trees_give_plain_tokens_on_50_prompts(model, num_nodes):
+  settings = {"max_new_tokens": 128, "batch_size": 4}
+  drafts = {"tree_nodes": num_nodes}
+  assert not differing(model, mixed_prompts(50), {}, drafts, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_coupled_tokens_are_plain_samplings_on_100_prompts(
+  model, temperature, top_p, name, batch_size
+):
+  law = {"temperature": temperature, "top_p": top_p}
+  settings = {"max_new_tokens": 64, "batch_size": batch_size}
+  texts = mixed_prompts(100)
+  assert not differing(model, texts, law, DRAFTS[name], **settings)

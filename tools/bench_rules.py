@@ -1,0 +1,115 @@
+"""What rules and trees add to a round, against greedy decoding.
+
+    .venv/bin/python tools/bench_rules.py
+
+Prints medians over interleaved repeats: milliseconds per round of the jitted
+loop for each rule at the default width, and the ratio to the greedy rule of the
+same drafts; then of trees, with the share of a round that building one takes.
+"""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dflash_jax.config_file import default_path, read
+from dflash_jax.decode import Decoder
+from dflash_jax.model import Model, load
+from dflash_jax.proposal import Drafting, Moment, from_marginals
+from dflash_jax.tree import ancestors
+from tools.bench_round import time_loop
+
+REPEATS = 9
+SAMPLED = {"temperature": 1.0}
+DRAWN = {"temperature": 1.0, "draft_temperature": 0.7}
+CHAINS = {
+  "greedy": {},
+  "coupled": SAMPLED,
+  "coupled, top-p": SAMPLED | {"top_p": 0.9},
+  "coupled, drawn": DRAWN,
+  "token": DRAWN | {"rule": "token"},
+  "block": DRAWN | {"rule": "block"},
+}
+TREES = {
+  "greedy": {},
+  "coupled": SAMPLED,
+  "token": DRAWN | {"rule": "token"},
+}
+
+
+def decoder_of(model: Model, **settings) -> Decoder:
+  """The decoder of these settings, which never stops before its budget."""
+  decode = dataclasses.replace(model.config.decode, **settings)
+  config = dataclasses.replace(model.config, decode=decode)
+  decoder = dataclasses.replace(model, config=config).decoder()
+  return dataclasses.replace(decoder, stop_ids=())
+
+
+def compare(model: Model, cases: dict[str, dict], **common) -> float:
+  """Prints a line per case; gives the greedy round's seconds."""
+  decoders = {
+    name: decoder_of(model, **settings, **common)
+    for name, settings in cases.items()
+  }
+  times: dict[str, list[float]] = {name: [] for name in cases}
+  for repeat in range(REPEATS + 1):
+    for name, decoder in decoders.items():
+      seconds = time_loop(decoder, model.params)
+      if repeat:  # the first compiles
+        times[name].append(seconds)
+  for name, seconds in times.items():
+    pairs = zip(seconds, times["greedy"], strict=True)
+    ratio = statistics.median(ours / greedy for ours, greedy in pairs)
+    print(
+      f"{name:16} {statistics.median(seconds) * 1e3:8.2f} ms {ratio:7.3f}",
+      flush=True,
+    )
+  return statistics.median(times["greedy"])
+
+
+def time_building(model: Model, nodes: int) -> float:
+  """Seconds to grow a tree from logits, beyond the chain from the same."""
+  rng = np.random.default_rng(0)
+  depths, columns = model.drafter.max_drafts, model.params.borrowed.head.shape[1]
+  logits = jnp.asarray(rng.normal(size=(1, depths, columns)) * 3, jnp.float32)
+  moment = Moment(jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.int32))
+  ids, vocab = model.params.borrowed.head_ids, model.target.config.vocab_size
+
+  def propose(logits, drafting):
+    offer = from_marginals(logits, ids, drafting, moment, vocab)
+    rows = offer.tokens if offer.tree is None else ancestors(offer.tree)
+    return offer.tokens, rows
+
+  def measure(drafting: Drafting) -> float:
+    run = jax.jit(propose, static_argnums=1)
+    jax.block_until_ready(run(logits, drafting))
+    seconds = []
+    for _ in range(200):
+      begin = time.perf_counter()
+      jax.block_until_ready(run(logits, drafting))
+      seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+  return measure(Drafting(nodes, is_tree=True)) - measure(Drafting(depths))
+
+
+def main() -> None:
+  """Prints the tables."""
+  model = load(read(default_path()))
+  print("chains of 3 drafts")
+  compare(model, CHAINS, width="fixed:3")
+  for nodes in (8, 32):
+    print(f"trees of {nodes} nodes")
+    round_seconds = compare(model, TREES, tree_nodes=nodes)
+    building = time_building(model, nodes)
+    print(
+      f"building a tree  {building * 1e3:8.2f} ms "
+      f"{building / round_seconds:7.3f} of a greedy round"
+    )
+
+
+if __name__ == "__main__":
+  main()
