@@ -246,10 +246,8 @@ def test_a_width_below_the_block_is_told():
 def test_a_block_can_be_shorter_than_it_was_trained_for(tmp_path):
   drafter = save_tiny_drafter(tmp_path / "drafter")  # of blocks of 4
   settings = ["--prompt=Hello", "--max_new_tokens=9", "--width=fixed:9"]
-  for size, complaint in (
-    (2, ""),
-    (5, "block_size=5 is impossible; this drafter was trained for 4"),
-  ):
+  too_long = "block_size=5 is impossible; this drafter was trained for 4"
+  for size, complaint in ((2, ""), (5, too_long)):
     done = run_module(
       "dflash_jax",
       f"--config={TINY}",

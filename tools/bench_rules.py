@@ -14,13 +14,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_round import time_loop
 
 from dflash_jax.config_file import default_path, read
 from dflash_jax.decode import Decoder
 from dflash_jax.model import Model, load
 from dflash_jax.proposal import Drafting, Moment, from_marginals
 from dflash_jax.tree import ancestors
-from tools.bench_round import time_loop
 
 REPEATS = 9
 SAMPLED = {"temperature": 1.0}
@@ -73,7 +73,10 @@ def compare(model: Model, cases: dict[str, dict], **common) -> float:
 def time_building(model: Model, nodes: int) -> float:
   """Seconds to grow a tree from logits, beyond the chain from the same."""
   rng = np.random.default_rng(0)
-  depths, columns = model.drafter.max_drafts, model.params.borrowed.head.shape[1]
+  depths, columns = (
+    model.drafter.max_drafts,
+    model.params.borrowed.head.shape[1],
+  )
   logits = jnp.asarray(rng.normal(size=(1, depths, columns)) * 3, jnp.float32)
   moment = Moment(jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.int32))
   ids, vocab = model.params.borrowed.head_ids, model.target.config.vocab_size
