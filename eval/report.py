@@ -274,11 +274,12 @@ def write_sweep_plot(path: str, record: dict[str, Any]) -> None:
 
   figure = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
   axes = figure.subplots()
-  axes.axhline(1.0, color="grey", linestyle="--", linewidth=1)
+  axes.axhline(1.0, color="grey", linestyle="--", label="break-even")
   lines = itertools.groupby(record["points"], key=lambda point: point["line"])
   for number, (line, members) in enumerate(lines):
-    points = [point for point in members if "refused" not in point]
-    for index, point in enumerate(points):
+    points = list(members)
+    measured = [point for point in points if "refused" not in point]
+    for index, point in enumerate(measured):
       is_lossy = point["guarantee"] == "none"
       place = point["tau_per_request"], point["speedup"]
       axes.scatter(
@@ -296,18 +297,18 @@ def write_sweep_plot(path: str, record: dict[str, Any]) -> None:
       )
   axes.set(
     xlabel="tau per request, bonus included",
-    ylabel="speed-up over plain decoding (break-even at 1.0x)",
+    ylabel="speed-up over plain decoding",
     title=f"{record['prompts']} prompts, {record['machine']['device']}",
   )
-  if axes.collections:
-    axes.legend(fontsize=7)
+  axes.margins(x=0.15)  # room for the names
+  figure.legend(loc="outside lower center", fontsize=7)
   _save(figure, path)
 
 
 def _name(point: dict[str, Any], line: Sequence[dict[str, Any]]) -> str:
   """What tells a point from the others of its line."""
   return " ".join(
-    str(value)
+    _show(value)
     for name, value in point["settings"].items()
     if len(line) == 1 or any(p["settings"][name] != value for p in line)
   )

@@ -14,7 +14,6 @@ import tqdm
 
 from dflash_jax.compare import Comparison
 from dflash_jax.config import Config, ConfigError, DecodeConfig, EvalConfig
-from dflash_jax.drafters import DFlash
 from dflash_jax.generate import Batch, answer, plan_batches, warm_up
 from dflash_jax.model import Model
 from dflash_jax.prompts import Prompt
@@ -152,7 +151,10 @@ def _read(name: str, text: str, where: str) -> Any:
 def _check(decode: DecodeConfig) -> None:
   """Raises ConfigError for a value that no model could be given."""
   Sampling(*(getattr(decode, name) for name in LAW[:4]))
-  Sampling(decode.draft_temperature, decode.draft_top_k)
+  try:
+    Sampling(decode.draft_temperature, decode.draft_top_k)
+  except ConfigError as error:
+    raise ConfigError(f"draft_{error}") from error
   if decode.width:
     parse_width(decode.width)
   if decode.rule and decode.rule not in RULES:
@@ -173,30 +175,6 @@ def group(points: Sequence[Point]) -> list[list[Point]]:
   return list(groups.values())
 
 
-def adapt(model: Model, decode: DecodeConfig) -> Model:
-  """The same weights, decoding as told.
-
-  Args:
-    model: with its drafter at the block size it was trained for.
-    decode: of a point.
-
-  Raises:
-    ConfigError: the drafter was not trained for blocks of this size.
-  """
-  drafter, size = model.drafter, decode.block_size
-  if size and isinstance(drafter, DFlash):
-    trained = drafter.config.block_size
-    if not 2 <= size <= trained:
-      raise ConfigError(
-        f"block_size={size} is impossible; this drafter was trained for "
-        f"{trained}: use 2 to {trained}, or 0 for its own"
-      )
-    network = dataclasses.replace(drafter.config, block_size=size)
-    drafter = DFlash(network)
-  config = dataclasses.replace(model.config, decode=decode)
-  return dataclasses.replace(model, config=config, drafter=drafter)
-
-
 def evaluate(
   model: Model,
   prompts: Sequence[Prompt],
@@ -210,7 +188,7 @@ def evaluate(
   down for a while slows all alike.
 
   Args:
-    model: with its drafter at the block size it was trained for.
+    model: with its drafter.
     prompts: the first settings.limit are used.
     points: from `plan` or `parse`.
     settings: limit, max_new_tokens, batch_size and repeats count.
@@ -240,10 +218,16 @@ def evaluate(
   return list(results.values())
 
 
+def _adapt(model: Model, decode: DecodeConfig) -> Model:
+  """The same weights, decoding as told."""
+  config = dataclasses.replace(model.config, decode=decode)
+  return dataclasses.replace(model, config=config)
+
+
 def _prepare(model: Model, point: Point) -> Result:
   """The point's Result so far: its rule, or why it cannot be."""
   try:
-    return Result(point, rule=adapt(model, point.decode).decoder().rule)
+    return Result(point, rule=_adapt(model, point.decode).decoder().rule)
   except ConfigError as error:
     return Result(point, refusal=str(error))
 
@@ -257,7 +241,7 @@ def _evaluate_group(
 ) -> list[list[Comparison]]:
   """The comparisons of each point; all share one law."""
   plain = _without_drafter(model, points[0].decode)
-  models = [adapt(model, point.decode) for point in points]
+  models = [_adapt(model, point.decode) for point in points]
   for each in (plain, *models):
     bar.set_description("compiling")
     warm_up(each, batches)
@@ -280,4 +264,4 @@ def _without_drafter(model: Model, decode: DecodeConfig) -> Model:
   law = {name: getattr(decode, name) for name in LAW}
   rest = {name: getattr(DecodeConfig(), name) for name in AXES[len(LAW) :]}
   decode = dataclasses.replace(decode, **law, **rest)
-  return adapt(model.without_drafter(), decode)
+  return _adapt(model.without_drafter(), decode)

@@ -1,16 +1,21 @@
 """Reports: every key, a readable table, files that are whole."""
 
+import copy
 import importlib.metadata
 import json
 
 import pytest
 
-from dflash_jax.config import Config, ConfigError
-from eval import acceptance, report, speed
-from tests.eval.test_acceptance import completion
+from dflash_jax.compare import Comparison
+from dflash_jax.config import Config, ConfigError, DecodeConfig
+from dflash_jax.session import Completion
+from eval import report, sweep
 
 KEYS = (
   "prompts",
+  "rule",
+  "guarantee",
+  "width",
   "tau_per_request",
   "tau_per_round",
   "acceptance_per_position",
@@ -27,15 +32,67 @@ KEYS = (
 )
 
 
+def reply(tokens, accepted, *, seconds=0.1, width=2.0):
+  """A reply with `tokens` tokens after the first, at so many seconds each."""
+  rounds = sum(accepted)
+  return Completion(
+    text="",
+    tokens=[0] * (tokens + 1),
+    slots=[0] * (tokens + 1),
+    prompt_tokens=3,
+    rounds=rounds,
+    tau=tokens / rounds,
+    accepted=accepted,
+    width=width,
+    ttft_s=0.5,
+    tpot_s=seconds,
+    tokens_per_s=1 / seconds,
+  )
+
+
+def compared(*replies, guarantee="tokens"):
+  """The replies, each against a plain one of 0.15 s per token."""
+  return [
+    Comparison(ours, reply(len(ours.tokens) - 1, [9], seconds=0.15), guarantee)
+    for ours in replies
+  ]
+
+
 @pytest.fixture
 def record():
   """The record of two made-up replies."""
-  return report.to_record(
-    Config(name="made up"),
-    2,
-    acceptance.summarize([completion(6, [1, 0, 2]), completion(3, [1, 1, 0])]),
-    speed.Speed(40.0, 60.0, 1.5, 0.2, 0.25, 0.5),
+  replies = compared(
+    reply(6, [1, 0, 2], width=1.0), reply(3, [1, 1, 0], width=3.5)
   )
+  return report.to_record(Config(name="made up"), 2, "coupled", replies)
+
+
+@pytest.fixture
+def sweep_record():
+  """Two lines: greedy, faster and slower than plain; then all that may be."""
+  lines = (
+    "width=fixed:1,fixed:3",
+    "temperature=1 rule=token,typical,block tree_nodes=0,8",
+  )
+  points = sweep.parse(lines, DecodeConfig())
+  fast, slow, token, tree, typical, *refused = points
+  ours = {
+    fast: ("greedy", "tokens", 0.1),
+    slow: ("greedy", "tokens", 0.3),
+    token: ("token", "law", 0.12),
+    tree: ("token", "law", 0.12),
+    typical: ("typical", "none", 0.05),
+  }
+  results = [
+    sweep.Result(
+      point,
+      rule,
+      compared(reply(6, [1, 2], seconds=seconds), guarantee=guarantee),
+    )
+    for point, (rule, guarantee, seconds) in ours.items()
+  ]
+  results += [sweep.Result(p, refusal="chains only") for p in refused]
+  return report.to_sweep_record(Config(name="made up"), 2, results)
 
 
 def test_record_has_every_key_and_survives_json(record, tmp_path):
@@ -47,21 +104,96 @@ def test_record_has_every_key_and_survives_json(record, tmp_path):
   assert loaded["histogram"] == [2, 1, 2]
   assert loaded["config"]["name"] == "made up"
   assert loaded["machine"]["cores"] >= 1
+  assert loaded["rule"] == "coupled"
+  assert loaded["guarantee"] == "tokens"
   assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
 def test_table_shows_the_main_numbers(record):
   table = report.to_table(record)
-  for text in ("1.750", "1.800", "40.0", "60.0", "1.50x", "50.0%", "60.0%"):
+  for text in ("1.750", "1.800", "6.7", "10.0", "1.50x", "100.0%", "60.0%"):
     assert text in table
+  assert "the tokens of plain decoding with the same seed" in table
 
 
-def test_unwritable_place_is_named(record, tmp_path):
+def test_mean_width_is_over_rounds_not_replies(record):
+  # Three rounds of 1 draft and two of 3.5.
+  assert record["width"] == pytest.approx(2.0)
+  assert "drafts verified per round" in report.to_table(record)
+
+
+def test_lossy_replies_are_called_lossy():
+  replies = compared(reply(6, [1, 2]), guarantee="none")
+  record = report.to_record(Config(), 1, "typical", replies)
+  assert "LOSSY" in report.to_table(record)
+
+
+def test_histogram_is_said_to_go_as_far_as_a_round_can_accept():
+  assert "0..D" in report.CONVENTIONS["histogram"]
+
+
+def test_sweep_record_has_each_point_and_survives_json(sweep_record, tmp_path):
+  path = tmp_path / "sweep.json"
+  report.write_json(str(path), sweep_record)
+  loaded = json.loads(path.read_text())
+  assert {"prompts", "config", "versions", "machine", "date"} <= loaded.keys()
+  assert set(report.CONVENTIONS) < loaded["conventions"].keys()
+  points = loaded["points"]
+  assert len(points) == 8
+  assert points[0]["settings"] == {"width": "fixed:1"}
+  assert points[0]["decode"]["width"] == "fixed:1"
+  assert points[0]["speedup"] == pytest.approx(1.5)
+  assert points[3]["line"].startswith("temperature=1 rule=token")
+  assert [p.get("refused") for p in points[4:]] == [None, *3 * ["chains only"]]
+  outside = {"prompts", "config", "versions", "machine", "date", "conventions"}
+  assert set(KEYS) - outside <= points[0].keys()
+
+
+def test_sweep_table_has_a_row_a_point_in_order(sweep_record):
+  head, *rows = report.to_sweep_table(sweep_record).splitlines()
+  assert head.split()[:4] == ["width", "temp", "rule", "tree"]
+  assert rows[0].startswith("fixed:1") and "1.50x" in rows[0]
+  assert rows[1].startswith("fixed:3") and "0.50x" in rows[1]
+  assert "token" in rows[3] and "8" in rows[3].split()
+  assert all("refused: chains only" in row for row in rows[5:8])
+  assert rows[8] == ""
+
+
+def test_sweep_table_marks_the_best_that_is_not_lossy(sweep_record):
+  rows = report.to_sweep_table(sweep_record).splitlines()
+  assert [row for row in rows if row.endswith("*")] == [rows[1]]
+  assert rows[5].endswith("LOSSY") and "3.00x" in rows[5]
+
+
+def test_sweep_of_refused_points_alone_is_shown(sweep_record, tmp_path):
+  points = [p for p in sweep_record["points"] if "refused" in p]
+  refused = {**sweep_record, "points": points}
+  table = report.to_sweep_table(refused)
+  assert table.count("refused: chains only") == 3
+  path = tmp_path / "plot.png"
+  report.write_sweep_plot(str(path), refused)
+  assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_plot_shows_every_measured_point(sweep_record, tmp_path):
+  path, fewer = tmp_path / "new" / "all.png", tmp_path / "fewer.png"
+  report.write_sweep_plot(str(path), sweep_record)
+  assert path.read_bytes().startswith(b"\x89PNG")
+  assert path.stat().st_size > 20_000
+  one_less = copy.deepcopy(sweep_record)
+  del one_less["points"][1]
+  report.write_sweep_plot(str(fewer), one_less)
+  assert fewer.read_bytes() != path.read_bytes()
+
+
+def test_unwritable_place_is_named(record, sweep_record, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(ConfigError, match="cannot write .*--json_out"):
     report.write_json(str(tmp_path / "file" / "x.json"), record)
   with pytest.raises(ConfigError, match="cannot write .*--plot_out"):
     report.write_plot(str(tmp_path / "file" / "x.png"), record)
+  with pytest.raises(ConfigError, match="cannot write .*--plot_out"):
+    report.write_sweep_plot(str(tmp_path / "file" / "x.png"), sweep_record)
 
 
 def test_plot_is_a_png(record, tmp_path):
