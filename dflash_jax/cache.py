@@ -1,15 +1,37 @@
 """Keys and values of committed tokens, one fixed buffer per layer.
 
-A pass appends the rows of every token it reads; only `commit` makes the first
-`count` of them permanent. Rejected rows stay in the buffer past `length`, where
-nothing reads them, until the next pass overwrites them. Nobody outside this
-file knows the layout.
+A pass only reads the cache; the rows of the tokens that it read come back
+apart, and `extend` writes those that are accepted. So a pass can stand in a
+branch of a program without the buffers being copied, and a rejected token
+never touches them. Nobody outside this file knows the layout.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Keys and values of the tokens of one pass, f[B, G, T, H] per layer."""
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+
+  def follow(self, path: jax.Array) -> "Rows":
+    """The rows at path i32[B, D + 1] alone, in its order."""
+    index = path[:, None, :, None]
+    return jax.tree.map(
+      lambda rows: jnp.take_along_axis(rows, index, axis=2), self
+    )
+
+  def pad(self, count: int) -> "Rows":
+    """With void rows at the end, so that there are `count`."""
+    missing = count - self.keys[0].shape[2]
+    widths = ((0, 0), (0, 0), (0, missing), (0, 0))
+    return jax.tree.map(lambda rows: jnp.pad(rows, widths), self)
 
 
 @jax.tree_util.register_dataclass
@@ -51,88 +73,46 @@ class KVCache:
     """S, slots per row."""
     return self.keys[0].shape[2]
 
-  def append(self, layer: int, key: jax.Array, value: jax.Array) -> "KVCache":
-    """Writes key, value f[B, T, G, H] of one layer into the uncommitted slots.
-
-    Rows start at each row's own `length`. The caller keeps length + T within
-    the capacity: a later start would be moved back, over committed slots.
-    """
-    keys, values = list(self.keys), list(self.values)
-    keys[layer] = _write(keys[layer], key, self.length)
-    values[layer] = _write(values[layer], value, self.length)
-    return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of keys and values."""
+    return self.keys[0].dtype
 
   def read(self, layer: int) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values f[B, G, S, H], uncommitted slots included."""
+    """One layer's keys and values f[B, G, S, H], void slots included."""
     return self.keys[layer], self.values[layer]
 
   def positions(self, count: int) -> jax.Array:
     """i32[B, count]: positions of the next `count` tokens of each row."""
     return self.length[:, None] + jnp.arange(count, dtype=jnp.int32)
 
-  def causal_mask(self, count: int) -> jax.Array:
-    """bool[B, count, S]: what each of the next tokens sees, itself included."""
-    slots = jnp.arange(self.capacity, dtype=jnp.int32)
-    return slots <= self.positions(count)[..., None]
-
-  def tree_mask(self, ancestors: jax.Array) -> jax.Array:
-    """bool[B, T, S]: the committed slots, and each row's ancestors and itself.
-
-    Args:
-      ancestors: bool[B, T, T], among the T rows appended.
-    """
-    count = ancestors.shape[1]
-    slots = jnp.arange(self.capacity, dtype=jnp.int32)
-    place = slots - self.length[:, None]  # [B, S], among the appended rows
-    index = jnp.clip(place, 0, count - 1)[:, None]
-    related = jnp.take_along_axis(ancestors, index, axis=2)
-    appended = (place >= 0) & (place < count)
-    return (place < 0)[:, None] | (related & appended[:, None])
-
   def committed_mask(self) -> jax.Array:
     """bool[B, 1, S]: the committed slots."""
     slots = jnp.arange(self.capacity, dtype=jnp.int32)
     return slots < self.length[:, None, None]
 
-  def commit(
-    self, count: jax.Array, path: jax.Array | None = None
-  ) -> "KVCache":
-    """Makes `count` i32[B] appended slots of each row permanent.
+  def extend(self, rows: Rows, count: jax.Array) -> "KVCache":
+    """Commits the first count i32[B] of a pass's rows.
 
-    Args:
-      count: the first ones, or the first ones of the path.
-      path: i32[B, D + 1], ascending places among the appended slots, which
-        move up to lie side by side; None when they do already.
+    All T rows are written behind each row's own length, where those past
+    `count` lie void until they are overwritten. The caller keeps length + T
+    within the capacity: a later start would be moved back, over committed
+    slots.
     """
-    length = self.length + count
-    if path is None:
-      return dataclasses.replace(self, length=length)
 
-    def compact(buffer):
-      return _move(buffer, self.length, path)
+    def write(buffer, new):
+      return _write(buffer, new, self.length)
 
     return KVCache(
-      keys=tuple(map(compact, self.keys)),
-      values=tuple(map(compact, self.values)),
-      length=length,
+      keys=tuple(map(write, self.keys, rows.keys)),
+      values=tuple(map(write, self.values, rows.values)),
+      length=self.length + count,
     )
 
 
-def _move(buffer: jax.Array, start: jax.Array, path: jax.Array) -> jax.Array:
-  """Copies slots start + path of each row to start, start + 1, ..."""
-
-  def move_row(buffer, start, path):
-    rows = jnp.take(buffer, start + path, axis=1)
-    return jax.lax.dynamic_update_slice(buffer, rows, (0, start, 0))
-
-  if len(start) == 1:  # as in _write
-    return move_row(buffer[0], start[0], path[0])[None]
-  return jax.vmap(move_row)(buffer, start, path)
-
-
 def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-  """Writes rows f[B, T, G, H] into buffer f[B, G, S, H] at start i32[B]."""
-  rows = rows.swapaxes(1, 2).astype(buffer.dtype)
+  """Writes rows f[B, G, T, H] into buffer f[B, G, S, H] at start i32[B]."""
+  rows = rows.astype(buffer.dtype)
   if rows.shape[0] == 1:  # an in-place copy; the batched form is a scatter
     return jax.lax.dynamic_update_slice(buffer, rows, (0, 0, start[0], 0))
 

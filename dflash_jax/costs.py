@@ -38,7 +38,7 @@ def measure_costs(
   params = dataclasses.replace(params, costs=unknown)
 
   def run(index: int) -> float:
-    """Seconds of one step of the loop; index len(widths) is a plain burst."""
+    """Seconds of a round at one width; index len(widths): of a plain pass."""
     state = new_state()
     state = decoder.begin(
       state, jnp.full_like(state.budget, ENDLESS), state.seeds
@@ -50,16 +50,19 @@ def measure_costs(
       cache=dataclasses.replace(cache, length=half),
       width=policy.force(state.width, index),
     )
+    is_plain = index == len(widths)
+    dispatch = decoder.run_plain if is_plain else decoder.run_rounds
+    passes = BURST if is_plain else decoder.rounds_per_dispatch
     state = jax.block_until_ready(state)
     start = time.perf_counter()
-    jax.block_until_ready(decoder.run_rounds(params, state))
-    return (time.perf_counter() - start) / decoder.rounds_per_dispatch
+    jax.block_until_ready(dispatch(params, state))
+    return (time.perf_counter() - start) / passes
 
-  run(0)  # compiles
+  run(0), run(len(widths))  # compile
   order = [*range(len(widths) + 1)] * PASSES  # slow moments hit all alike
   seconds = np.array([run(index) for index in order])
   medians = np.median(seconds.reshape(PASSES, -1), axis=0)
   return Costs(
-    plain=jnp.float32(medians[-1] / BURST),
+    plain=jnp.float32(medians[-1]),
     rounds=jnp.asarray(medians[:-1], jnp.float32),
   )

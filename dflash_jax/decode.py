@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dflash_jax import sampling as sampling_lib
-from dflash_jax.cache import KVCache
+from dflash_jax.cache import KVCache, Rows
 from dflash_jax.drafters.base import Borrowed, Drafter
 from dflash_jax.proposal import Drafting, Moment, Proposal
 from dflash_jax.sampling import Sampling
@@ -68,6 +68,7 @@ class DecodeState:
     accepted: i32[B, D + 1], rounds by number of drafts accepted.
     verified: i32[B], nodes verified in all rounds.
     width: the width policy's own state, shared by the rows.
+    drafts: bool[], whether the policy wants the next rounds drafted.
   """
 
   cache: KVCache
@@ -83,6 +84,28 @@ class DecodeState:
   accepted: jax.Array
   verified: jax.Array
   width: Any
+  drafts: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """What a target pass made of a proposal, along the accepted path.
+
+  Attributes:
+    rows: of the target's cache, D + 1 of them.
+    taps: f32[B, D + 1, taps * D]. tokens: i32[B, D + 1], as read.
+    verdict: tokens i32[B, D + 1] to emit, and how many were accepted.
+    emitted: i32[B], of them, within budget and up to a stop token.
+    width: i32[], nodes verified.
+  """
+
+  rows: Rows
+  taps: jax.Array
+  tokens: jax.Array
+  verdict: Verdict
+  emitted: jax.Array
+  width: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +182,12 @@ class Decoder:
       accepted=jnp.zeros((batch, self.depth + 1), jnp.int32),
       verified=zeros,
       width=self.policy.init_state(self.depth),
+      drafts=jnp.ones((), bool),
     )
 
   def slack(self, chunk: int) -> int:
     """Cache slots needed past prompt + reply, for rows written but rejected."""
-    return max(chunk, self.drafting.num_nodes + 1, BURST)
+    return max(chunk, self.depth + 1, BURST)
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def begin(
@@ -200,10 +224,10 @@ class Decoder:
       is_last: bool[B], rows whose prompt ends in this piece; their first reply
         token is chosen here and becomes the anchor.
     """
-    hidden, taps, cache = self.target.forward(
+    hidden, taps, rows = self.target.forward(
       params.target, tokens, state.cache, self.drafter.taps
     )
-    cache = cache.commit(count)
+    cache = state.cache.extend(rows, count)
     last = jnp.maximum(count - 1, 0)[:, None, None]
     logits = self.target.logits(
       params.target, jnp.take_along_axis(hidden, last, axis=1)
@@ -224,25 +248,15 @@ class Decoder:
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def run_rounds(self, params: ModelParams, state: DecodeState) -> DecodeState:
     """Up to R rounds, in one dispatch, with no look from the host."""
-    return self._repeat(
+    state = self._repeat(
       self.rounds_per_dispatch,
       lambda _, state: self.round(params, state),
       state,
+      lambda state: state.done.all() | ~self._wants_drafts(params, state),
     )
+    return dataclasses.replace(state, drafts=self._wants_drafts(params, state))
 
   def round(self, params: ModelParams, state: DecodeState) -> DecodeState:
-    """A drafted round, or a burst of plain ones if the policy rests."""
-    if not self.policy.rests:
-      return self._run_drafted(params, state)
-    return jax.lax.cond(
-      self.policy.should_draft(state.width, params.costs),
-      lambda: self._run_drafted(params, state),
-      lambda: self._run_plain(params, state),
-    )
-
-  def _run_drafted(
-    self, params: ModelParams, state: DecodeState
-  ) -> DecodeState:
     """Draft, verify, accept, commit: one target pass for every row."""
     proposal = self.drafter.propose(
       params.drafter,
@@ -255,8 +269,8 @@ class Decoder:
     )
     widths = self.policy.widths(proposal.num_nodes)
     if len(widths) == 1:
-      state, _ = self._verify(params, state, proposal, widths[0])
-      return state
+      read, _ = self._verify(params, state, proposal, widths[0])
+      return self._commit(params, state, read)
     nodes = proposal.tree or chain(*proposal.tokens.shape)
     index = self.policy.choose(
       state.width,
@@ -266,14 +280,17 @@ class Decoder:
       ~state.done,
       params.costs,
     )
+    # Branches only read the caches: buffers that a branch wrote to would be
+    # copied in and out of it.
     branches = [
       functools.partial(self._verify, params, proposal=proposal, width=width)
       for width in widths
     ]
-    state, outcome = jax.lax.switch(index, branches, state)
+    read, outcome = jax.lax.switch(index, branches, state)
     outcome = dataclasses.replace(outcome, index=index)
     seen = self.policy.observe(state.width, outcome, params.costs)
-    return dataclasses.replace(state, width=seen)
+    state = dataclasses.replace(state, width=seen)
+    return self._commit(params, state, read)
 
   def _verify(
     self,
@@ -281,11 +298,11 @@ class Decoder:
     state: DecodeState,
     proposal: Proposal,
     width: int,
-  ) -> tuple[DecodeState, Outcome]:
-    """Verifies the first `width` nodes and commits the verdict."""
+  ) -> tuple[Read, Outcome]:
+    """Has the target judge the first `width` nodes; changes nothing."""
     nodes = proposal.prefix(width)
     tokens = jnp.concatenate([state.anchor[:, None], nodes.tokens], axis=1)
-    hidden, taps, cache = self.target.forward(
+    hidden, taps, rows = self.target.forward(
       params.target, tokens, state.cache, self.drafter.taps, nodes.tree
     )
     logits = self.target.logits(params.target, hidden)
@@ -293,26 +310,46 @@ class Decoder:
     verdict = self.verifier.judge(nodes, logits, moment)
     active = ~state.done
     emitted = jnp.where(active, self._truncate(state, verdict), 0)
+    outcome = self._observe(proposal, width, verdict, emitted, active, logits)
     if verdict.path is not None:
+      rows = rows.follow(verdict.path)
       taps = jnp.take_along_axis(taps, verdict.path[..., None], axis=1)
       tokens = jnp.take_along_axis(tokens, verdict.path, axis=1)
-    bins = jax.nn.one_hot(verdict.accepted, self.depth + 1, dtype=jnp.int32)
-    # The anchor and all emitted tokens but the last have been read: those rows
-    # are committed, and the last emitted token is the next anchor.
-    outcome = self._observe(proposal, width, verdict, emitted, active, logits)
+    missing = self.depth + 1 - tokens.shape[1]
+    pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, missing)))
+    read = Read(
+      rows=rows.pad(self.depth + 1),
+      taps=jnp.pad(taps, ((0, 0), (0, missing), (0, 0))),
+      tokens=pad(tokens),
+      verdict=Verdict(pad(verdict.tokens), verdict.accepted),
+      emitted=emitted,
+      width=jnp.int32(width),
+    )
+    return read, outcome
+
+  def _commit(
+    self, params: ModelParams, state: DecodeState, read: Read
+  ) -> DecodeState:
+    """Emits what a pass decided, and keeps what it read on the way.
+
+    The anchor and all emitted tokens but the last have been read: those rows
+    are committed, and the last emitted token is the next anchor.
+    """
+    active, accepted = ~state.done, read.verdict.accepted
+    bins = jax.nn.one_hot(accepted, self.depth + 1, dtype=jnp.int32)
     state = dataclasses.replace(
       state,
-      cache=cache.commit(emitted, verdict.path),
+      cache=state.cache.extend(read.rows, read.emitted),
       drafter=self.drafter.absorb(
-        params.drafter, state.drafter, taps, tokens, emitted
+        params.drafter, state.drafter, read.taps, read.tokens, read.emitted
       ),
       rounds=state.rounds + active,
       accepted=state.accepted + bins * active[:, None],
-      verified=state.verified + width * active,
+      verified=state.verified + read.width * active,
     )
-    index = jnp.arange(verdict.tokens.shape[1], dtype=jnp.int32)
-    slots = jnp.where(index < verdict.accepted[:, None], index + 1, 0)
-    return self._emit(state, verdict.tokens, slots, emitted), outcome
+    index = jnp.arange(self.depth + 1, dtype=jnp.int32)
+    slots = jnp.where(index < accepted[:, None], index + 1, 0)
+    return self._emit(state, read.verdict.tokens, slots, read.emitted)
 
   def _observe(
     self,
@@ -352,18 +389,21 @@ class Decoder:
       entropy=entropy,
     )
 
-  def _run_plain(self, params: ModelParams, state: DecodeState) -> DecodeState:
-    """BURST plain rounds; the drafter absorbs what they read at once.
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+  def run_plain(self, params: ModelParams, state: DecodeState) -> DecodeState:
+    """BURST plain rounds in one dispatch, for a policy that rests.
 
-    A drafter that rests costs a copy of the taps per token, not a pass.
+    The drafter absorbs what they read at once, at the end: one that rests
+    costs a copy of the taps per token, not a pass.
     """
     B = state.anchor.shape[0]
-    taps = jnp.zeros((B, BURST, self._tap_width(params)), jnp.float32)
+    width = len(self.drafter.taps) * self.target.config.width
+    taps = jnp.zeros((B, BURST, width), jnp.float32)
 
     def body(step, carry):
       state, tokens, taps = carry
       read = state.anchor
-      hidden, states, cache = self.target.forward(
+      hidden, states, rows = self.target.forward(
         params.target, read[:, None], state.cache, self.drafter.taps
       )
       chosen = sampling_lib.choose(
@@ -375,37 +415,38 @@ class Decoder:
       active = ~state.done
       state = dataclasses.replace(
         state,
-        cache=cache.commit(active * 1),
+        cache=state.cache.extend(rows, active * 1),
         rounds=state.rounds + active,
         accepted=state.accepted.at[:, 0].add(active),
       )
       state = self._emit(state, chosen, jnp.zeros_like(chosen), active * 1)
-      return (
-        state,
-        tokens.at[:, step].set(read),
-        taps.at[:, step].set(states[:, 0]),
-      )
+      taps = taps.at[:, step].set(states[:, 0])
+      return state, tokens.at[:, step].set(read), taps
 
     before = state.count
     start = (state, jnp.zeros((B, BURST), jnp.int32), taps)
-    state, tokens, taps = self._repeat(BURST, body, start, lambda c: c[0])
-    return dataclasses.replace(
-      state,
-      drafter=self.drafter.absorb(
-        params.drafter, state.drafter, taps, tokens, state.count - before
-      ),
-      width=self.policy.rest(state.width),
+    state, tokens, taps = self._repeat(
+      BURST, body, start, lambda carry: carry[0].done.all()
     )
+    drafter = self.drafter.absorb(
+      params.drafter, state.drafter, taps, tokens, state.count - before
+    )
+    state = dataclasses.replace(
+      state, drafter=drafter, width=self.policy.rest(state.width)
+    )
+    return dataclasses.replace(state, drafts=self._wants_drafts(params, state))
 
-  def _tap_width(self, params: ModelParams) -> int:
-    return len(self.drafter.taps) * params.borrowed.embedding.shape[1]
+  def _wants_drafts(self, params: ModelParams, state: DecodeState) -> jax.Array:
+    if not self.policy.rests:
+      return jnp.ones((), bool)
+    return self.policy.should_draft(state.width, params.costs)
 
-  def _repeat(self, count: int, body, carry, get_state=lambda carry: carry):
-    """Runs body(step, carry) `count` times, or until every row is done."""
+  def _repeat(self, count: int, body, carry, is_over):
+    """Runs body(step, carry) `count` times; on CPUs, until it is over."""
     if not self.early_exit:
       return jax.lax.fori_loop(0, count, body, carry)
     _, carry = jax.lax.while_loop(
-      lambda pair: (pair[0] < count) & ~get_state(pair[1]).done.all(),
+      lambda pair: (pair[0] < count) & ~is_over(pair[1]),
       lambda pair: (pair[0] + 1, body(*pair)),
       (jnp.int32(0), carry),
     )

@@ -157,58 +157,99 @@ class Projections(nnx.Module):
 # --- Attention ----------------------------------------------------------------
 
 
-def attend(
-  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+def attend_parts(
+  query: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]
 ) -> jax.Array:
-  """Grouped-query attention with an explicit mask.
+  """Grouped-query attention over keys that lie in several arrays.
 
   Args:
     query: f32[B, T, N, H]; query head n reads key/value head n // (N / G).
-    key, value: f[B, G, S, H], the cache's layout.
-    mask: bool[B, T, S], or bool[1, T, S]; True where visible.
+    *parts: (key f[B, G, S, H], value f[B, G, S, H], mask bool[B, T, S] or
+      broadcastable, True where visible), each with its own S, which may be 0.
 
   Returns:
-    f32[B, T, N, H]. A query that sees nothing averages all values.
+    f32[B, T, N, H].
   """
-  out, _ = attend_with_lse(query, key, value, mask)
-  return out
+  B, T, N, H = query.shape
+  G = parts[0][0].shape[1]
+  grouped = _group(query, G)
+  scores = [
+    jnp.where(
+      mask[:, None, None],
+      _scores(grouped, key).reshape(B, G, N // G, T, -1) / math.sqrt(H),
+      -1e30,
+    )
+    for key, _, mask in parts
+  ]
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+  weights = weights.reshape(B, G, (N // G) * T, -1)
+  out, first = jnp.zeros((), jnp.float32), 0
+  for key, value, _ in parts:
+    count = key.shape[2]
+    out = out + _weighted(weights[..., first : first + count], value)
+    first += count
+  return _ungroup(out, T)
+
+
+def _group(query: jax.Array, num_kv_heads: int) -> jax.Array:
+  """f32[B, T, N, H] -> f32[B, G, N / G * T, H], rows of each kv head."""
+  B, T, N, H = query.shape
+  G = num_kv_heads
+  grouped = query.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4)
+  return grouped.reshape(B, G, (N // G) * T, H)
+
+
+def _ungroup(out: jax.Array, count: int) -> jax.Array:
+  """f32[B, G, N / G * T, H] -> f32[B, T, N, H]."""
+  B, G, rows, H = out.shape
+  out = out.reshape(B, G, rows // count, count, H).transpose(0, 3, 1, 2, 4)
+  return out.reshape(B, count, -1, H)
+
+
+def _scores(grouped: jax.Array, key: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    "BGQH,BGSH->BGQS",
+    grouped.astype(key.dtype),
+    key,
+    precision=_precision(key),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    "BGQS,BGSH->BGQH",
+    weights.astype(value.dtype),
+    value,
+    precision=_precision(value),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _precision(operand: jax.Array) -> jax.lax.Precision | None:
+  exact = operand.dtype == jnp.float32
+  return jax.lax.Precision.HIGHEST if exact else None
 
 
 def attend_with_lse(
   query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """`attend`, and the log-sum-exp f32[B, T, N] of each query's scores.
+  """Attention with one mask, and each query's log-sum-exp f32[B, T, N].
 
   Two attentions over disjoint keys merge exactly through their log-sum-exp
   (`merge_attention`), which spares a mask over their union.
   """
   B, T, N, H = query.shape
   _, G, S, _ = key.shape
-  grouped = query.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4)
-  grouped = grouped.reshape(B, G, (N // G) * T, H).astype(key.dtype)
-  precision = jax.lax.Precision.HIGHEST if key.dtype == jnp.float32 else None
-  scores = jnp.einsum(
-    "BGQH,BGSH->BGQS",
-    grouped,
-    key,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
+  scores = _scores(_group(query, G), key)
   scores = scores.reshape(B, G, N // G, T, S) / math.sqrt(H)
   scores = jnp.where(mask[:, None, None], scores, -1e30)
   top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
-  out = jnp.einsum(
-    "BGQS,BGSH->BGQH",
-    (weights / total).reshape(B, G, -1, S).astype(value.dtype),
-    value,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
-  out = out.reshape(B, G, N // G, T, H).transpose(0, 3, 1, 2, 4)
+  out = _weighted((weights / total).reshape(B, G, -1, S), value)
   lse = (jnp.log(total) + top)[..., 0].transpose(0, 3, 1, 2)
-  return out.reshape(B, T, N, H), lse.reshape(B, T, N)
+  return _ungroup(out, T), lse.reshape(B, T, N)
 
 
 def merge_attention(

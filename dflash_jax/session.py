@@ -186,7 +186,10 @@ class Session:
     ends = np.zeros((rows,))
     ended = np.zeros((rows,), bool)
     while True:
-      done, counts = jax.device_get((self.state.done, self.state.count))
+      state = self.state
+      done, counts, drafts = jax.device_get(
+        (state.done, state.count, state.drafts)
+      )
       now = time.perf_counter()
       ends[done[:rows] & ~ended] = now
       ended |= done[:rows]
@@ -195,7 +198,8 @@ class Session:
         sent = counts[:rows]
       if done.all():
         return ends
-      self.state = self.decoder.run_rounds(self.params, self.state)
+      run = self.decoder.run_rounds if drafts else self.decoder.run_plain
+      self.state = run(self.params, self.state)
 
   def _stream(
     self, sent: np.ndarray, counts: np.ndarray, on_tokens: OnTokens

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax import layers
-from dflash_jax.cache import KVCache
+from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import TargetConfig
 from dflash_jax.tree import Tree, ancestors, unpack
 
@@ -43,16 +43,22 @@ class _Layer(nnx.Module):
     self,
     x: jax.Array,
     angles: jax.Array,
+    past: tuple[jax.Array, jax.Array, jax.Array],
     mask: jax.Array,
-    cache: KVCache,
-    index: int,
-  ) -> tuple[jax.Array, KVCache]:
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of x f32[B, T, D], and the keys and values f[B, G, T, H] of its tokens.
+
+    `past` is (keys, values, mask) of the cache; `mask` is among the T.
+    """
     normed = self.attention_norm(x)
     query = self.attention.queries(normed, angles)
-    cache = cache.append(index, *self.attention.keys_values(normed, angles))
-    attended = layers.attend(query, *cache.read(index), mask)
+    key, value = (
+      rows.swapaxes(1, 2).astype(past[0].dtype)
+      for rows in self.attention.keys_values(normed, angles)
+    )
+    attended = layers.attend_parts(query, past, (key, value, mask))
     x = x + self.attention.merge(attended)
-    return x + self.mlp(self.mlp_norm(x)), cache
+    return x + self.mlp(self.mlp_norm(x)), key, value
 
 
 class _Network(nnx.Module):
@@ -112,7 +118,7 @@ class Target:
     cache: KVCache,
     taps: tuple[int, ...] = (),
     tree: Tree | None = None,
-  ) -> tuple[jax.Array, jax.Array, KVCache]:
+  ) -> tuple[jax.Array, jax.Array, Rows]:
     """Reads the next tokens of each row.
 
     Args:
@@ -125,17 +131,17 @@ class Target:
 
     Returns:
       hidden f32[B, T, D] after the final norm, the taps f32[B, T, taps * D]
-      side by side, and the cache with T appended (uncommitted) slots.
+      side by side, and the rows that `cache.extend` commits.
     """
     network = nnx.merge(_definition(self.config), nnx.State(params))
     _, T = tokens.shape
     if tree is None:
       positions = cache.positions(T)
-      mask = cache.causal_mask(T)
+      mask = jnp.tril(jnp.ones((1, T, T), bool))
     else:
       depths = jnp.pad(tree.depths, ((0, 0), (1, 0)))
       positions = cache.length[:, None] + depths
-      mask = cache.tree_mask(unpack(ancestors(tree), T))
+      mask = unpack(ancestors(tree), T)
     angles = layers.rotary_angles(
       positions,
       self.config.head_width,
@@ -143,14 +149,23 @@ class Target:
       self.config.rotary_scaling,
     )
     x = network.embedding[tokens].astype(jnp.float32)
-    outputs = {}
+    committed = cache.committed_mask()
+    outputs, keys, values = {}, [], []
     for index, layer in enumerate(network.layers):
-      x, cache = layer(x, angles, mask, cache, index)
+      past = (*cache.read(index), committed)
+      x, key, value = layer(x, angles, past, mask)
+      keys.append(key)
+      values.append(value)
       if index in taps:
         outputs[index] = x
     tapped = [outputs[tap] for tap in taps]
     states = jnp.concatenate(tapped, axis=-1) if taps else x[..., :0]
-    return network.norm(x), states, cache
+    # The rows wait for the end of the pass, and so does whoever writes them: a
+    # buffer that might be written while it is still read would be copied.
+    hidden, rows = jax.lax.optimization_barrier(
+      (network.norm(x), Rows(tuple(keys), tuple(values)))
+    )
+    return hidden, states, rows
 
   def normalize(self, params: Params, output: jax.Array) -> jax.Array:
     """The last layer's output f[..., D] -> hidden f32[..., D] for `logits`."""

@@ -249,7 +249,8 @@ def count_replies(model, decoder, prompt, passes=PASSES) -> np.ndarray:
       np.ones(ROWS, bool),
     )
     while not bool(state.done.all()):
-      state = decoder.run_rounds(model.params, state)
+      run = decoder.run_rounds if state.drafts else decoder.run_plain
+      state = run(model.params, state)
     np.add.at(counts, tuple(np.asarray(state.tokens[:, :LENGTH]).T), 1)
   return counts
 

@@ -55,8 +55,8 @@ def read(target, params, tokens, pieces):
   hidden, states, first = [], [], 0
   for length in pieces:
     piece = jnp.asarray(tokens[:, first : first + length])
-    h, s, cache = forward(target, params, piece, cache, taps)
-    cache = cache.commit(jnp.full((tokens.shape[0],), length))
+    h, s, rows = forward(target, params, piece, cache, taps)
+    cache = cache.extend(rows, jnp.full((tokens.shape[0],), length))
     hidden.append(h)
     states.append(s)
     first += length
@@ -107,11 +107,11 @@ def test_rejected_rows_leave_no_trace(cache_case):
   tokens, taps = jnp.asarray(golden["tokens"]), taps_of(target)
   B, _ = tokens.shape
   cache = target.init_cache(B, 31)
-  _, _, cache = forward(target, params, tokens[:, :6], cache, taps)
-  cache = cache.commit(jnp.full((B,), 6))
+  _, _, new = forward(target, params, tokens[:, :6], cache, taps)
+  cache = cache.extend(new, jnp.full((B,), 6))
   wrong = (tokens[:, 6:12] + 1) % target.config.vocab_size
-  _, _, cache = forward(target, params, wrong, cache, taps)
-  cache = cache.commit(jnp.zeros((B,), jnp.int32))
+  _, _, new = forward(target, params, wrong, cache, taps)
+  cache = cache.extend(new, jnp.zeros((B,), jnp.int32))
   hidden, _, _ = forward(target, params, tokens[:, 6:12], cache, taps)
   np.testing.assert_allclose(
     target.logits(params, hidden), golden["logits"][:, 6:12], atol=TOLERANCE
@@ -122,8 +122,8 @@ def test_rows_of_unequal_length_do_not_mix(cache_case):
   target, params, golden = cache_case
   tokens, taps = jnp.asarray(golden["tokens"]), taps_of(target)
   cache = target.init_cache(2, 31)
-  _, _, cache = forward(target, params, tokens[:, :6], cache, taps)
-  cache = cache.commit(jnp.array([3, 6]))
+  _, _, new = forward(target, params, tokens[:, :6], cache, taps)
+  cache = cache.extend(new, jnp.array([3, 6]))
   rows = jnp.stack([tokens[0, 3:9], tokens[1, 6:12]])
   hidden, _, _ = forward(target, params, rows, cache, taps)
   logits = target.logits(params, hidden)
@@ -173,8 +173,8 @@ def test_a_pass_over_a_tree_equals_a_pass_over_each_of_its_chains(
   batch, vocab = prompt.shape[0], target.config.vocab_size
   taps = taps_of(target)
   cache = target.init_cache(batch, 47)
-  _, _, cache = forward(target, params, prompt, cache, taps)
-  cache = cache.commit(jnp.full((batch,), 5))
+  _, _, new = forward(target, params, prompt, cache, taps)
+  cache = cache.extend(new, jnp.full((batch,), 5))
   tree = random_tree(rng, batch, num_nodes)
   tokens = jnp.asarray(rng.integers(0, vocab, (batch, num_nodes + 1)))
   hidden, states, _ = forward(target, params, tokens, cache, taps, tree)

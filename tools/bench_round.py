@@ -66,11 +66,11 @@ def run_drafter(decoder, params, state, taps, tokens, count, anchor):
 def run_target(decoder, params, tokens, cache, count):
   """One target pass with its head, committed like a round's."""
   target = decoder.target
-  hidden, taps, cache = target.forward(
+  hidden, taps, rows = target.forward(
     params.target, tokens, cache, decoder.drafter.taps
   )
   chosen = argmax(target.logits(params.target, hidden))
-  return chosen, taps, cache.commit(count)
+  return chosen, taps, cache.extend(rows, count)
 
 
 def time_calls(decoder: Decoder, params: ModelParams) -> float:

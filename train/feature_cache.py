@@ -173,8 +173,8 @@ def _reserve(path: pathlib.Path, size: int) -> None:
 def _forward(
   target: Target, params: Params, tokens: jax.Array, taps: tuple[int, ...]
 ) -> jax.Array:
-  B, S = tokens.shape
-  cache = target.init_cache(B, S, params["embedding"].dtype)
+  B, _ = tokens.shape
+  cache = target.init_cache(B, 0, params["embedding"].dtype)
   return target.forward(params, tokens, cache, taps)[1]
 
 

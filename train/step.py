@@ -196,9 +196,9 @@ class Trainer:
     """f[B, S, taps * D]: the target's states, cached or computed here."""
     if batch.taps is not None:
       return batch.taps
-    B, S = batch.tokens.shape
+    B, _ = batch.tokens.shape
     dtype = target_params["embedding"].dtype
-    cache = self.target.init_cache(B, S, dtype)
+    cache = self.target.init_cache(B, 0, dtype)
     _, taps, _ = self.target.forward(
       target_params, batch.tokens, cache, self.layers_read
     )

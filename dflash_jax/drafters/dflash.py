@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax import layers
-from dflash_jax.cache import KVCache
+from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import DrafterConfig
 from dflash_jax.drafters.base import Borrowed, Params
 from dflash_jax.proposal import Drafting, Moment, Proposal, from_marginals
@@ -115,10 +115,12 @@ class DFlash:
     _, T = tokens.shape
     context = self.context_features(params, taps)
     angles = self._angles(state.positions(T))
-    for index, layer in enumerate(self._network(params).layers):
-      keys_values = layer.attention.keys_values(context, angles)
-      state = state.append(index, *keys_values)
-    return state.commit(count)
+    rows = [
+      [x.swapaxes(1, 2) for x in layer.attention.keys_values(context, angles)]
+      for layer in self._network(params).layers
+    ]
+    keys, values = zip(*rows, strict=True)
+    return state.extend(Rows(keys, values), count)
 
   def propose(
     self,

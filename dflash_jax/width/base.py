@@ -155,7 +155,7 @@ class Policy:
 
     Args:
       state: of a policy with `needs_costs`.
-      index: into `widths(P)`; len(widths(P)) stands for plain bursts.
+      index: into `widths(P)`.
     """
     raise NotImplementedError(f"{type(self).__name__} needs no costs")
 

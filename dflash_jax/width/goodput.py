@@ -137,8 +137,7 @@ class Goodput(Policy):
 
   def should_draft(self, state: GoodputState, costs: Costs) -> jax.Array:
     pays = state.tokens * costs.plain >= state.seconds
-    is_width = state.forced < len(costs.rounds)
-    return jnp.where(state.forced < 0, pays | (state.left <= 0), is_width)
+    return pays | (state.left <= 0) | (state.forced >= 0)
 
   def choose(
     self,
