@@ -21,6 +21,7 @@ def completion(tokens, accepted, rounds=None):
     rounds=rounds,
     tau=tokens / rounds if rounds else 0.0,
     accepted=accepted,
+    width=float(len(accepted) - 1),
     ttft_s=0.5,
     tpot_s=0.1,
     tokens_per_s=10.0,
