@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax import decode, rejection, verify
+from dflash_jax import decode, proposal, rejection, verify
 from dflash_jax.config import ConfigError
 from dflash_jax.decode import Decoder
 from dflash_jax.drafters import DFlash
@@ -326,6 +326,23 @@ def test_reused_draft_noise_is_caught(tiny, monkeypatch):
   assert planted_error(tiny, *RULES["token"]) > 8
 
 
+def test_noise_that_a_later_round_meets_again_is_caught(tiny, monkeypatch):
+  """Drafts drawn by position: the block rule has looked at them already."""
+
+  def by_position(probs, moment, count):
+    ahead = jnp.arange(probs.shape[1], dtype=jnp.int32)
+    times = proposal.noise.race_times(
+      Stream.DRAFT,
+      moment.seeds[:, None],
+      moment.positions[:, None] + ahead,
+      probs.shape[2],
+    )
+    return (probs / times).argmax(-1)[..., None].astype(jnp.int32)
+
+  monkeypatch.setattr(proposal, "_draw", by_position)
+  assert planted_error(tiny, *RULES["block"]) > 8
+
+
 def test_the_token_rules_decision_in_the_block_rule_is_caught(
   tiny, monkeypatch
 ):
@@ -367,7 +384,7 @@ def drafts_at_every_round(model, decoder) -> list[list[int]]:
 
 
 def offer_of(model, decoder, state) -> list[int]:
-  proposal = jax.jit(decoder.drafter.propose, static_argnums=4)(
+  offer = jax.jit(decoder.drafter.propose, static_argnums=4)(
     model.params.drafter,
     state.drafter,
     state.anchor,
@@ -376,7 +393,7 @@ def offer_of(model, decoder, state) -> list[int]:
     decode.Moment(state.seeds, state.cache.length),
     jnp.array([100]),
   )
-  return proposal.tokens[0].tolist()
+  return offer.tokens[0].tolist()
 
 
 def fresh_offers(model, decoder) -> list[list[int]]:
