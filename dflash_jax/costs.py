@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax.decode import Decoder, DecodeState, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import DecodeState, ModelParams
 from dflash_jax.width import BURST, Costs
 
 PASSES = 5  # timed dispatches of each width; the median counts

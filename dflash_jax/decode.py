@@ -8,104 +8,19 @@ verify fewer nodes than were drafted, or leave the drafter out for a while.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dflash_jax import sampling as sampling_lib
-from dflash_jax.cache import KVCache, Rows
-from dflash_jax.drafters.base import Borrowed, Drafter
+from dflash_jax.decode_state import DecodeState, ModelParams, Read
+from dflash_jax.drafters.base import Drafter
 from dflash_jax.proposal import Drafting, Moment, Proposal
 from dflash_jax.sampling import Sampling
-from dflash_jax.target import Params, Target
+from dflash_jax.target import Target
 from dflash_jax.tree import chain
 from dflash_jax.verify import Verdict, Verifier
-from dflash_jax.width import (
-  BURST,
-  UNMEASURED,
-  Costs,
-  Fixed,
-  Outcome,
-  Policy,
-)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ModelParams:
-  """Parameters of everything a round runs.
-
-  Attributes:
-    target, drafter: of the networks.
-    borrowed: the target's tables.
-    costs: measured on this device, for width policies that need them.
-  """
-
-  target: Params
-  drafter: Params
-  borrowed: Borrowed
-  costs: Costs = UNMEASURED
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-  """Requests in flight, one per row.
-
-  Attributes:
-    cache: the target's; holds every token of the row but the anchor.
-    drafter: the drafter's own state, as long as the cache.
-    anchor: i32[B], last emitted token, not yet read by the target.
-    tokens: i32[B, M], the reply so far.
-    slots: i32[B, M], the block slot each token was drafted in, 1..K-1; 0 marks
-      a token of the target's own: correction, bonus, or plain.
-    count: i32[B], valid entries of `tokens`.
-    budget: i32[B], most tokens a reply may have.
-    done: bool[B], budget spent or stop token emitted.
-    seeds: u32[B], one noise stream per request.
-    rounds: i32[B], target passes after prefill.
-    accepted: i32[B, D + 1], rounds by number of drafts accepted.
-    verified: i32[B], nodes verified in all rounds.
-    width: the width policy's own state, shared by the rows.
-    drafts: bool[], whether the policy wants the next rounds drafted.
-  """
-
-  cache: KVCache
-  drafter: Any
-  anchor: jax.Array
-  tokens: jax.Array
-  slots: jax.Array
-  count: jax.Array
-  budget: jax.Array
-  done: jax.Array
-  seeds: jax.Array
-  rounds: jax.Array
-  accepted: jax.Array
-  verified: jax.Array
-  width: Any
-  drafts: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Read:
-  """What a target pass made of a proposal, along the accepted path.
-
-  Attributes:
-    rows: of the target's cache, D + 1 of them.
-    taps: f32[B, D + 1, taps * D]. tokens: i32[B, D + 1], as read.
-    verdict: tokens i32[B, D + 1] to emit, and how many were accepted.
-    emitted: i32[B], of them, within budget and up to a stop token.
-    width: i32[], nodes verified.
-  """
-
-  rows: Rows
-  taps: jax.Array
-  tokens: jax.Array
-  verdict: Verdict
-  emitted: jax.Array
-  width: jax.Array
+from dflash_jax.width import BURST, Fixed, Outcome, Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +225,9 @@ class Decoder:
     verdict = self.verifier.judge(nodes, logits, moment)
     active = ~state.done
     emitted = jnp.where(active, self._truncate(state, verdict), 0)
-    outcome = self._observe(proposal, width, verdict, emitted, active, logits)
+    outcome = Outcome.create(
+      proposal, width, verdict, emitted, active, logits, self.policy
+    )
     if verdict.path is not None:
       rows = rows.follow(verdict.path)
       taps = jnp.take_along_axis(taps, verdict.path[..., None], axis=1)
@@ -350,44 +267,6 @@ class Decoder:
     index = jnp.arange(self.depth + 1, dtype=jnp.int32)
     slots = jnp.where(index < accepted[:, None], index + 1, 0)
     return self._emit(state, read.verdict.tokens, slots, read.emitted)
-
-  def _observe(
-    self,
-    proposal: Proposal,
-    width: int,
-    verdict: Verdict,
-    emitted: jax.Array,
-    active: jax.Array,
-    logits: jax.Array,
-  ) -> Outcome:
-    """What the round showed, of all P nodes whatever the width."""
-    B, P = proposal.tokens.shape
-    tree = proposal.tree or chain(B, P)
-    nodes = jnp.arange(P, dtype=jnp.int32)
-    if verdict.path is None:
-      tested = nodes <= verdict.accepted[:, None]
-      kept = nodes < verdict.accepted[:, None]
-      last = verdict.accepted
-    else:
-      reached = verdict.path[:, None]
-      tested = (tree.parents[..., None] == reached).any(axis=-1)
-      kept = (nodes[:, None] + 1 == reached).any(axis=-1)
-      last = verdict.path[:, -1]
-    entropy = jnp.zeros((B,), jnp.float32)
-    if self.policy.needs_entropy:
-      row = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-      entropy = jax.scipy.special.entr(jax.nn.softmax(row)).sum(axis=-1)
-    return Outcome(
-      index=jnp.int32(0),  # the caller's to say
-      emitted=emitted,
-      active=active,
-      tested=tested & (nodes < width),
-      accepted=kept,
-      depths=tree.depths,
-      margins=proposal.margins,
-      confidence=proposal.confidence,
-      entropy=entropy,
-    )
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def run_plain(self, params: ModelParams, state: DecodeState) -> DecodeState:

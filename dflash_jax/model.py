@@ -13,7 +13,8 @@ from dflash_jax.config import (
   ConfigError,
   DecodeConfig,
 )
-from dflash_jax.decode import Decoder, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import ModelParams
 from dflash_jax.drafters import REGISTRY, Borrowed, DFlash, Drafter, NoDrafter
 from dflash_jax.proposal import Drafting
 from dflash_jax.sampling import GREEDY, Sampling

@@ -10,7 +10,8 @@ import numpy as np
 
 from dflash_jax.config import ConfigError
 from dflash_jax.costs import measure_costs
-from dflash_jax.decode import Decoder, DecodeState, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import DecodeState, ModelParams
 from dflash_jax.model import Model
 from dflash_jax.width import Costs
 

@@ -31,6 +31,7 @@ OURS = {*MAY_IMPORT, "configs", "tests", "tools"}
 READ_FLAGS = {
   "dflash_jax/__main__.py",
   "dflash_jax/command.py",
+  "dflash_jax/decode_flags.py",
   "eval/main.py",
   "train/export.py",
   "train/main.py",

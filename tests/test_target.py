@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from dflash_jax import weights
-from dflash_jax.decode import Decoder, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import ModelParams
 from dflash_jax.drafters import NoDrafter
 from dflash_jax.model import borrow
 from dflash_jax.proposal import Drafting

@@ -15,7 +15,7 @@ from dflash_jax.config import (
   TargetConfig,
   TargetSource,
 )
-from dflash_jax.decode import ModelParams
+from dflash_jax.decode_state import ModelParams
 from dflash_jax.drafters import Borrowed, DFlash, NoDrafter
 from dflash_jax.model import Model, borrow
 from dflash_jax.proposal import Drafting, Moment, Proposal, chain

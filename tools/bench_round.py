@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dflash_jax.config_file import default_path, read
-from dflash_jax.decode import Decoder, DecodeState, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import DecodeState, ModelParams
 from dflash_jax.model import Model, load
 from dflash_jax.proposal import Moment
 from dflash_jax.sampling import argmax

@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax.tree import Tree
+from dflash_jax.proposal import Proposal
+from dflash_jax.tree import Tree, chain
+from dflash_jax.verify import Verdict
 
 BURST = 8  # plain target passes per burst
 # Bursts between probes, at most. A probe that takes 1.5 passes and emits 1.2
@@ -76,6 +78,53 @@ class Outcome:
   margins: jax.Array
   confidence: jax.Array
   entropy: jax.Array
+
+  @classmethod
+  def create(
+    cls,
+    proposal: Proposal,
+    width: int,
+    verdict: Verdict,
+    emitted: jax.Array,
+    active: jax.Array,
+    logits: jax.Array,
+    policy: "Policy",
+  ) -> "Outcome":
+    """What a round showed of all P nodes, of which `width` were verified.
+
+    Args:
+      proposal, verdict: of the round.
+      emitted, active: as in Outcome.
+      logits: f32[B, width + 1, V], the target's.
+      policy: says whether it wants to know the entropy.
+    """
+    B, P = proposal.tokens.shape
+    tree = proposal.tree or chain(B, P)
+    nodes = jnp.arange(P, dtype=jnp.int32)
+    if verdict.path is None:
+      tested = nodes <= verdict.accepted[:, None]
+      kept = nodes < verdict.accepted[:, None]
+      last = verdict.accepted
+    else:
+      reached = verdict.path[:, None]
+      tested = (tree.parents[..., None] == reached).any(axis=-1)
+      kept = (nodes[:, None] + 1 == reached).any(axis=-1)
+      last = verdict.path[:, -1]
+    entropy = jnp.zeros((B,), jnp.float32)
+    if policy.needs_entropy:
+      row = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+      entropy = jax.scipy.special.entr(jax.nn.softmax(row)).sum(axis=-1)
+    return cls(
+      index=jnp.int32(0),  # the caller's to say
+      emitted=emitted,
+      active=active,
+      tested=tested & (nodes < width),
+      accepted=kept,
+      depths=tree.depths,
+      margins=proposal.margins,
+      confidence=proposal.confidence,
+      entropy=entropy,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

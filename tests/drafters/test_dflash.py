@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from dflash_jax import weights
 from dflash_jax.config import DrafterConfig
-from dflash_jax.decode import Decoder, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import ModelParams
 from dflash_jax.drafters import DFlash
 from dflash_jax.features import choose_taps
 from dflash_jax.model import borrow

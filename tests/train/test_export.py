@@ -13,7 +13,8 @@ from configs.tiny import get_config
 from dflash_jax import weights
 from dflash_jax.config import Config, ConfigError, to_json
 from dflash_jax.config_json import from_json
-from dflash_jax.decode import Decoder, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import ModelParams
 from dflash_jax.model import borrow
 from dflash_jax.proposal import Drafting
 from dflash_jax.session import Session

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dflash_jax.decode import Decoder, ModelParams
+from dflash_jax.decode import Decoder
+from dflash_jax.decode_state import ModelParams
 from dflash_jax.proposal import Drafting
 from tests.testing import BLOCK_SIZE
 from tests.train.conftest import ANSWER_TOKENS

@@ -1,0 +1,173 @@
+"""What a network is made of, read from its checkpoint: frozen and hashable."""
+
+import dataclasses
+from typing import Literal
+
+
+class ConfigError(ValueError):
+  """A configuration that nobody could run; the message names the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+  """How rotary frequencies are stretched past the trained length.
+
+  Attributes:
+    kind: "llama3" (Llama 3.1: low frequencies divided by `factor`, a smooth
+      ramp between the two frequency factors) or "yarn" (Peng et al. 2023,
+      arXiv 2309.00071).
+    factor: context extension, > 1.
+    original_length: trained context length, in tokens.
+    low_frequency_factor, high_frequency_factor: llama3's ramp.
+    beta_fast, beta_slow: yarn's ramp, in rotations over `original_length`.
+    attention_factor: yarn's multiplier on cos and sin; None takes the paper's
+      0.1 ln(factor) + 1.
+    truncate: yarn rounds the ramp's ends to whole frequencies.
+  """
+
+  kind: Literal["llama3", "yarn"]
+  factor: float
+  original_length: int
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+  """A decoder-only target: Llama 2/3.x, SmolLM2, Qwen2 or Qwen3.
+
+  Attributes:
+    family: which table of tensor names its checkpoints use.
+    num_layers: L. width: D. mlp_width: F. num_heads: N. num_kv_heads: G.
+    head_width: H. vocab_size: V.
+    norm_epsilon: added to the mean square in every RMSNorm.
+    rotary_base: theta of the rotary embedding.
+    rotary_scaling: None for plain rotary.
+    qkv_bias: Qwen2 adds biases to q, k and v.
+    qk_norm: Qwen3 applies a per-head RMSNorm to q and k.
+    tied_head: the head is the embedding, transposed.
+    max_length: trained context length, in tokens.
+    eos_ids: tokens that end a reply.
+  """
+
+  family: Literal["llama", "qwen2", "qwen3"]
+  num_layers: int
+  width: int
+  mlp_width: int
+  num_heads: int
+  num_kv_heads: int
+  head_width: int
+  vocab_size: int
+  norm_epsilon: float = 1e-5
+  rotary_base: float = 10000.0
+  rotary_scaling: RotaryScaling | None = None
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  tied_head: bool = False
+  max_length: int = 2048
+  eos_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ConfigError(
+        f"num_heads={self.num_heads} is not a multiple of "
+        f"num_kv_heads={self.num_kv_heads}"
+      )
+    if self.head_width % 2:
+      raise ConfigError(f"head_width={self.head_width} must be even for rotary")
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+  """A DFlash drafter, with the meaning of its published config keys.
+
+  Attributes:
+    num_layers: draft layers. width: D of the drafter (its own residual width;
+      equals the target's, whose embedding and head it borrows).
+    mlp_width: F. num_heads: N. num_kv_heads: G. head_width: H.
+    vocab_size: V, the target's.
+    block_size: K, anchor included; a block offers K - 1 drafts.
+    mask_token_id: the target's embedding row that stands for "unknown".
+    target_layer_ids: taps, 0-based layers whose output is read.
+    num_target_layers: depth of the target it was trained for.
+    target_width: D of the target.
+    norm_epsilon: as in the target.
+    rotary_base: must equal the target's. rotary_scaling: usually None.
+    layer_windows: per layer, a sliding window in tokens, or 0 for none.
+    layer_causal: per layer, whether block slot i sees only slots <= i.
+    input_embedding_scale: multiplies embedding rows.
+    output_multiplier: multiplies logits.
+    logit_softcap: tanh softcap of logits, or None.
+    max_length: longest position the drafter was meant for.
+  """
+
+  num_layers: int
+  width: int
+  mlp_width: int
+  num_heads: int
+  num_kv_heads: int
+  head_width: int
+  vocab_size: int
+  block_size: int
+  mask_token_id: int
+  target_layer_ids: tuple[int, ...]
+  num_target_layers: int
+  target_width: int
+  norm_epsilon: float = 1e-6
+  rotary_base: float = 10000.0
+  rotary_scaling: RotaryScaling | None = None
+  layer_windows: tuple[int, ...] = ()
+  layer_causal: tuple[bool, ...] = ()
+  input_embedding_scale: float = 1.0
+  output_multiplier: float = 1.0
+  logit_softcap: float | None = None
+  max_length: int = 2048
+
+  def __post_init__(self):
+    if not self.layer_windows:
+      object.__setattr__(self, "layer_windows", (0,) * self.num_layers)
+    if not self.layer_causal:
+      object.__setattr__(self, "layer_causal", (False,) * self.num_layers)
+    for name in ("layer_windows", "layer_causal"):
+      if len(getattr(self, name)) != self.num_layers:
+        raise ConfigError(
+          f"{name} has {len(getattr(self, name))} entries for "
+          f"num_layers={self.num_layers}"
+        )
+    if self.block_size < 2:
+      raise ConfigError(
+        f"block_size={self.block_size} drafts nothing; use at least 2"
+      )
+    if not 0 <= self.mask_token_id < self.vocab_size:
+      raise ConfigError(
+        f"mask_token_id={self.mask_token_id} is outside the vocabulary of "
+        f"{self.vocab_size}"
+      )
+    for tap in self.target_layer_ids:
+      if not 0 <= tap < self.num_target_layers:
+        raise ConfigError(
+          f"tap {tap} is outside the target's layers 0..."
+          f"{self.num_target_layers - 1}; choose target_layer_ids in range"
+        )
+
+  def check_target(self, target: TargetConfig) -> None:
+    """Raises ConfigError, naming both numbers, if `target` does not fit."""
+    pairs = {
+      "width of the target": (self.target_width, target.width),
+      "vocabulary": (self.vocab_size, target.vocab_size),
+      "target layers": (self.num_target_layers, target.num_layers),
+      "drafter width (it borrows the target's head)": (
+        self.width,
+        target.width,
+      ),
+    }
+    for what, (ours, theirs) in pairs.items():
+      if ours != theirs:
+        raise ConfigError(
+          f"drafter and target do not match: {what} is {ours} in the drafter "
+          f"and {theirs} in the target; use the drafter trained for this target"
+        )
