@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 600
 FLAGS = (
   "--config.synthesis.num_self_prompts=48",
+  "--config.synthesis.held_out=0.3",  # of few prompts, some
   f"--config.train.steps={STEPS}",
   "--config.train.evaluate_every=100",
   "--config.train.checkpoint_every=100",

@@ -238,7 +238,7 @@ def test_every_reply_draws_from_a_noise_stream_of_its_own(
   def decode(model, sampling, prompts, max_new_tokens, seed):
     seeds.extend(range(seed, seed + len(prompts)))
     stop = model.stop_ids[0]
-    reply = Completion("same", [30] * 9 + [stop], [], 1, 1, 1, [], 1, 1, 1)
+    reply = Completion("same", [30] * 9 + [stop], [], 1, 1, 1, [], 3, 1, 1, 1)
     return [reply] * len(prompts)
 
   monkeypatch.setattr(synthesis, "_decode", decode)
