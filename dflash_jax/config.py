@@ -1,10 +1,9 @@
 """Everything a run can be told, as typed dataclasses.
 
-Two kinds live here. `TargetConfig` and `DrafterConfig` are frozen: they
-describe a network, are read from its checkpoint, and are static arguments of
-jitted functions. `Config` and its sections are plain dataclasses: a file in
-configs/ builds one, and absl flags override its fields
-(`--config.train.steps=500`). Library code takes these dataclasses, never flags.
+`Config` and its sections are plain dataclasses: a file in configs/ builds one,
+and absl flags override its fields (`--config.train.steps=500`). Library code
+takes these dataclasses, never flags. The frozen descriptions of networks, read
+from their checkpoints, live in networks.py and are offered here too.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 A cipher turns an address into bits, so a draw depends on nothing but its
 address: not on the batch, on how many tokens are verified together, or on what
 was drawn before. Streams never mix: reusing a draft's noise to decide about it,
-or to replace it, biases the output (inference.md 3.2: vLLM #35461, #54282).
+or to replace it, biases the output (vLLM #35461, #54282).
 
 The moment of the target's own choice is the chosen token's position, so plain
 decoding shares it. The moment of everything that a rejection rule draws is its

@@ -96,7 +96,7 @@ def accept_siblings(
   min(1, r(c_j) / q_j(c_j)), and the walk goes on there; else r becomes
   norm(max(r - q_j, 0)), and q_{j+1} is q_j without c_j. If all fail, r is what
   the round's last token is drawn from.
-  Source: SpecInfer, arXiv 2305.09781, algorithm 2; inference.md 4.6.
+  Source: SpecInfer, arXiv 2305.09781, algorithm 2.
 
   All nodes of a depth share one ordered draw: only one parent per depth is ever
   reached, and which one was decided before that draw is looked at.

@@ -9,7 +9,7 @@
 | typical | certain chains       | nothing: lossy, Medusa's typical acceptance |
 
 Certain drafts leave token and block nothing to gain over coupled, whose law
-they share then (inference.md 4.3, 4.4), so coupled is what runs for them.
+they share then, so coupled is what runs for them.
 docs/verification.md has the mathematics.
 """
 
@@ -125,7 +125,7 @@ class Verifier:
 
     Every emitted token is the target's own choice given the tokens before it,
     with noise that depends on its position alone: plain decoding's tokens, for
-    any drafter (inference.md 4.1, 4.5).
+    any drafter (Daliri et al., arXiv 2408.07978).
     """
     positions = moment.positions[:, None] + 1
     if proposal.tree is None:

@@ -444,7 +444,7 @@ def test_drafts_in_the_loop_are_those_of_a_drafter_that_reads_afresh():
 
 @pytest.mark.parametrize("bug", ["inflated length", "uncropped cache", "taps"])
 def test_a_drafter_that_keeps_the_wrong_context_is_caught(bug, monkeypatch):
-  """Known silent losses of acceptance: inference.md 2.2 and 8."""
+  """Silent losses of acceptance that other engines have had."""
   real = DFlash.absorb
 
   def wrong(self, params, state, taps, tokens, count):
