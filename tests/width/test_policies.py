@@ -250,6 +250,8 @@ def test_what_a_round_shows_changes_only_later_rounds(policy):
   lengths = rng.integers(0, 8, size=(rounds, B)).astype(np.int32)
   entropy = rng.uniform(0, 3, size=(rounds, B)).astype(np.float32)
   first, states = play(lengths, entropy)
+  # Copies: a running dispatch may still read the arrays it was given.
+  lengths, entropy = lengths.copy(), entropy.copy()
   lengths[changed] = 7 - lengths[changed]
   entropy[changed] += 9
   second, others = play(lengths, entropy)
