@@ -16,7 +16,8 @@ import enum
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
+
+from pallas_kernels.noise import threefry
 
 
 class Stream(enum.IntEnum):
@@ -67,10 +68,8 @@ def _bits(
   def spread(word):
     return jnp.broadcast_to(word.astype(jnp.uint32), shape)
 
-  first, second = threefry2x32_p.bind(
-    spread(seeds[..., None]),
-    spread(moments[..., None]),
-    spread(pairs),
-    spread(jnp.asarray(stream)[..., None]),
+  first, second = threefry(
+    (spread(seeds[..., None]), spread(moments[..., None])),
+    (spread(pairs), spread(jnp.asarray(stream)[..., None])),
   )
   return jnp.concatenate([first, second], axis=-1)[..., :count]

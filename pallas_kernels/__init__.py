@@ -1,0 +1,1 @@
+"""Fast paths of block verification for GPUs; imports jax only."""

@@ -1,0 +1,40 @@
+"""The device that code is compiled for, as far as kernels care."""
+
+import dataclasses
+
+import jax
+from jax.extend import backend
+
+# Compute capability -> the implementation written for it.
+ARCHITECTURES = {"9.0": "sm90", "10.0": "sm100", "10.3": "sm100"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a kernel is compiled for.
+
+  Attributes:
+    kind: as the driver names it.
+    architecture: the implementation that can run on it; None for no kernel.
+    num_cores: streaming multiprocessors; 1 where there are none.
+  """
+
+  kind: str
+  architecture: str | None
+  num_cores: int
+
+  @classmethod
+  def current(cls) -> "Device":
+    """The default device while tracing: real, or described for a compiler."""
+    device = backend.get_default_device()
+    capability = str(getattr(device, "compute_capability", ""))
+    return cls(
+      kind=device.device_kind,
+      architecture=ARCHITECTURES.get(capability),
+      num_cores=getattr(device, "core_count", None) or 1,
+    )
+
+
+def element_bytes(dtype: jax.typing.DTypeLike) -> int:
+  """Bytes of one element."""
+  return jax.dtypes.canonicalize_dtype(dtype).itemsize

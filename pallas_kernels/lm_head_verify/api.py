@@ -1,0 +1,150 @@
+"""The head's product and all that verification asks of it, in one pass."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.devices import Device
+from pallas_kernels.lm_head_verify import (
+  kernel_sm90,
+  kernel_sm100,
+  reference,
+  tiles,
+)
+from pallas_kernels.lm_head_verify.config import Config, choose_config
+from pallas_kernels.lm_head_verify.row_stats import Draws, RowStats, merge
+
+NAME = "lm_head_verify"
+KERNELS = {
+  "sm90": kernel_sm90.partial_stats,
+  "sm100": kernel_sm100.partial_stats,
+}
+
+
+def lm_head_verify(
+  hidden: jax.Array,
+  head: jax.Array,
+  tokens: jax.Array | None = None,
+  draws: Draws | None = None,
+  *,
+  vocab_axis: int = 0,
+  softcap: float | None = None,
+  implementation: str | None = None,
+) -> RowStats:
+  """Statistics of softcap(hidden @ head), per row.
+
+  Greedy, coupled and one-hot verification need nothing else. The kernels never
+  write logits to memory.
+
+  Args:
+    hidden: f[M, D], after the final norm.
+    head: f[V, D] for vocab_axis=0, as tied embeddings are stored; else f[D, V].
+    tokens: i32[M], whose logits are asked for; token 0 if None.
+    draws: noise of one draw per row from softmax(logits / temperature).
+    vocab_axis: 0 or 1.
+    softcap: c in c tanh(logits / c).
+    implementation: None for the fastest, or a name in dispatch.IMPLEMENTATIONS.
+
+  Raises:
+    ValueError: arguments that no implementation takes.
+    NotImplementedError: an implementation that cannot run here, or not on them.
+  """
+  _check(hidden, head, tokens, draws, vocab_axis, softcap)
+  if tokens is None:
+    tokens = jnp.zeros(hidden.shape[:1], jnp.int32)
+  limit = _kernel_limit(hidden, head)
+  chosen, device = dispatch.choose(NAME, implementation, limit)
+  if chosen == "xla":
+    return reference.lm_head_verify(
+      hidden, head, tokens, draws, vocab_axis=vocab_axis, softcap=softcap
+    )
+  return run_kernel(
+    chosen,
+    device,
+    hidden,
+    head,
+    tokens,
+    draws,
+    vocab_axis=vocab_axis,
+    softcap=softcap,
+  )
+
+
+def run_kernel(
+  architecture: str,
+  device: Device,
+  hidden: jax.Array,
+  head: jax.Array,
+  tokens: jax.Array,
+  draws: Draws | None,
+  *,
+  vocab_axis: int,
+  softcap: float | None,
+  config: Config | None = None,
+  interpret: object = None,
+) -> RowStats:
+  """Pads rows, runs a kernel, and merges what its CTAs found."""
+  M = hidden.shape[0]
+  config = config or choose_config(architecture, M)
+  missing = -M % config.rows
+  work = tiles.Work.cut(
+    M + missing,
+    head.shape,
+    draws,
+    vocab_axis=vocab_axis,
+    softcap=softcap,
+    config=config,
+    num_ctas=device.num_cores,
+  )
+  parts = KERNELS[architecture](
+    work,
+    jnp.pad(hidden.astype(head.dtype), ((0, missing), (0, 0))),
+    head,
+    jnp.pad(tiles.addresses(tokens, draws), ((0, 0), (0, missing))),
+    interpret,
+  )
+  return jax.tree.map(lambda rows: rows[:M], merge(parts))
+
+
+def _check(hidden, head, tokens, draws, vocab_axis, softcap) -> None:
+  """Raises ValueError for what nobody could compute."""
+
+  def refuse(what: str):
+    raise ValueError(f"{NAME}: {what}")
+
+  if vocab_axis not in (0, 1):
+    refuse(f"vocab_axis={vocab_axis}; use 0 for [V, D], 1 for [D, V]")
+  if hidden.ndim != 2 or head.ndim != 2:
+    refuse(f"hidden {hidden.shape} and head {head.shape} must have 2 axes")
+  M, D = hidden.shape
+  if head.shape[1 - vocab_axis] != D:
+    refuse(
+      f"hidden {hidden.shape} and head {head.shape} with vocab_axis="
+      f"{vocab_axis} differ in width"
+    )
+  if not M or not D or not head.size:
+    refuse(f"hidden {hidden.shape} or head {head.shape} is empty")
+  for name, array in (("hidden", hidden), ("head", head)):
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      refuse(f"{name} is {array.dtype}; use a floating-point type")
+  rows = {"tokens": tokens}
+  if draws is not None:
+    rows |= {"draws.seeds": draws.seeds, "draws.moments": draws.moments}
+    if not draws.temperature > 0:
+      refuse(f"draws.temperature={draws.temperature}; use more than 0")
+    if draws.seeds.dtype != jnp.uint32:
+      refuse(f"draws.seeds is {draws.seeds.dtype}; use uint32")
+  for name, array in rows.items():
+    if array is not None and array.shape != (M,):
+      refuse(f"{name} has shape {array.shape}; hidden has {M} rows")
+  if softcap is not None and not softcap > 0:
+    refuse(f"softcap={softcap}; use more than 0, or None")
+
+
+def _kernel_limit(hidden: jax.Array, head: jax.Array) -> str | None:
+  """Why kernels cannot take these arguments, if so."""
+  if head.dtype != jnp.bfloat16:
+    return f"kernels take a bfloat16 head, not {head.dtype}"
+  if head.shape[1] % 8 or hidden.shape[1] % 8:
+    return f"kernels need rows of whole 16 bytes, not head {head.shape}"
+  return None

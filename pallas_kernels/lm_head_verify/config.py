@@ -1,0 +1,59 @@
+"""Tiles and budgets of the lm_head_verify kernels."""
+
+import dataclasses
+
+from pallas_kernels.cases import Budget
+
+MAX_ROWS = 128  # of one tile; more rows take more tiles
+SWAPPED_ROWS = 32  # up to here the vocabulary takes the MMA's long side
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How a kernel cuts the product.
+
+  Attributes:
+    rows: of hidden states per tile, padded.
+    swapped: the vocabulary is the long side of the MMA and rows the short one,
+      so that few rows are padded to 8 and not to 64 or 128.
+    tile_vocab, tile_width: of the head, per pipeline stage.
+    stages: of the pipeline from global to shared memory.
+    chunk: columns of the result that Blackwell's epilogue loads at once.
+  """
+
+  rows: int
+  swapped: bool
+  tile_vocab: int
+  tile_width: int
+  stages: int
+  chunk: int
+
+
+def choose_config(architecture: str, num_rows: int) -> Config:
+  """The configuration for num_rows rows of hidden states."""
+  swapped = num_rows <= SWAPPED_ROWS
+  if swapped:
+    rows = -(-num_rows // 8) * 8
+  elif architecture == "sm90" and num_rows <= 64:
+    rows = 64
+  else:
+    rows = MAX_ROWS
+  blackwell = architecture == "sm100"
+  wide = blackwell and not swapped
+  return Config(
+    rows=rows,
+    swapped=swapped,
+    tile_vocab=256 if wide else 128,
+    tile_width=64,
+    stages=4 if wide else 6,
+    chunk=32,
+  )
+
+
+# Of one CTA; measured by `make aot`, with a little room.
+BUDGETS = {
+  "sm90": Budget("HGMMA", registers=255, shared_bytes=227 * 1024),
+  "sm100": Budget(
+    "UTCHMMA", registers=255, shared_bytes=227 * 1024, tensor_columns=512
+  ),
+}

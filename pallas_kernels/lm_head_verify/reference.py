@@ -1,0 +1,89 @@
+"""lm_head_verify in plain XLA: the truth, and what runs without a kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import noise
+from pallas_kernels.lm_head_verify.row_stats import LOWEST, Draws, RowStats
+
+TILE = 128  # logits per block of the two-level argmax
+
+
+def lm_head_verify(
+  hidden: jax.Array,
+  head: jax.Array,
+  tokens: jax.Array,
+  draws: Draws | None,
+  *,
+  vocab_axis: int,
+  softcap: float | None,
+) -> RowStats:
+  """As the public operation; logits are made, and reduced."""
+  logits = logits_of(hidden, head, vocab_axis=vocab_axis, softcap=softcap)
+  best = argmax(logits)
+  ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+  top = logits.max(axis=-1)
+  others = jnp.where(ids == best[:, None], LOWEST, logits)
+  given = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return RowStats(
+    best=best,
+    top=top,
+    margin=top - others.max(axis=-1),
+    logsumexp=jax.nn.logsumexp(logits, axis=-1),
+    given=given,
+    sample=None if draws is None else sample(logits, draws),
+  )
+
+
+def logits_of(
+  hidden: jax.Array, head: jax.Array, *, vocab_axis: int, softcap: float | None
+) -> jax.Array:
+  """f32[M, V]; operands take the head's dtype, sums are float32."""
+  exact = head.dtype == jnp.float32
+  logits = jax.lax.dot_general(
+    hidden.astype(head.dtype),
+    head,
+    (((1,), (1 - vocab_axis,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
+  return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def argmax(logits: jax.Array) -> jax.Array:
+  """logits f32[M, V] -> i32[M], the lowest id among the largest.
+
+  The largest block of TILE logits first, then its largest entry: one plain
+  maximum over the vocabulary. jnp.argmax carries (value, index) pairs through
+  all of it, which costs a CPU 60 times as much.
+  """
+  M, V = logits.shape
+  if V % TILE:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  tiles = logits.reshape(M, V // TILE, TILE)
+  best = jnp.argmax(tiles.max(axis=-1), axis=-1)
+  tile = jnp.take_along_axis(tiles, best[:, None, None], axis=1)[:, 0]
+  return (best * TILE + jnp.argmax(tile, axis=-1)).astype(jnp.int32)
+
+
+def sample(logits: jax.Array, draws: Draws) -> jax.Array:
+  """i32[M]: argmax of logit / temperature - log(race time)."""
+  times = race_times(draws, logits.shape[-1])
+  return argmax(logits / draws.temperature - jnp.log(times))
+
+
+def race_times(draws: Draws, vocabulary: int) -> jax.Array:
+  """f32[M, V] > 0, exponential of mean 1: how late each token arrives."""
+  pairs = jnp.arange(-(-vocabulary // 2), dtype=jnp.uint32)
+  shape = (draws.seeds.shape[0], len(pairs))
+
+  def spread(word):
+    return jnp.broadcast_to(word.astype(jnp.uint32), shape)
+
+  halves = noise.threefry(
+    (spread(draws.seeds[:, None]), spread(draws.moments[:, None])),
+    (spread(pairs), spread(jnp.uint32(draws.stream))),
+  )
+  bits = jnp.concatenate(halves, axis=-1)[:, :vocabulary].astype(jnp.float32)
+  return -jnp.log1p(-((bits + 0.5) * np.float32(2.0**-32)))
