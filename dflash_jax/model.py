@@ -1,6 +1,7 @@
 """A target, its drafter and its tokenizer, loaded and ready to decode."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ class Model:
     tokenizer: None for a model of bare token ids.
     cost_tables: what rounds cost on this device, by decoder and batch; a
       Session measures what its width policy asks for.
+    beliefs: what each decoder's width policy made of the replies so far; the
+      next Session begins with it.
   """
 
   config: Config
@@ -48,6 +51,7 @@ class Model:
   cost_tables: dict[tuple[Decoder, int], Costs] = dataclasses.field(
     default_factory=dict
   )
+  beliefs: dict[Decoder, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def stop_ids(self) -> tuple[int, ...]:

@@ -95,9 +95,11 @@ class Session:
     self.reset()
 
   def reset(self) -> None:
-    """Forgets everything read."""
+    """Forgets everything read; not what drafts were worth."""
     self.lengths = np.zeros((self.batch,), np.int64)
-    self.state = self._new_state()
+    state = self._new_state()
+    belief = self.model.beliefs.get(self.decoder, state.width)
+    self.state = dataclasses.replace(state, width=belief)
 
   def _new_state(self) -> DecodeState:
     slack = self.decoder.slack(self._chunk(self.capacity))
@@ -147,6 +149,8 @@ class Session:
     jax.block_until_ready(self.state.anchor)
     first = time.perf_counter()
     ends = self._run_to_end(rows, on_tokens)
+    # A copy on the host, for the state's own buffers are given away.
+    self.model.beliefs[self.decoder] = jax.device_get(self.state.width)
     return self._completions(prompts[:rows], first - start, ends - first)
 
   def pending(self, row: int) -> int:

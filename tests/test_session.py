@@ -211,6 +211,19 @@ def test_reset_forgets():
   assert again.tokens == first.tokens
 
 
+def test_what_drafts_were_worth_outlives_a_session():
+  model = tiny_model(VOCAB, width="threshold:0.4")
+  sessions = [Session(model, model.decoder(), 1, LONGEST, 31) for _ in "ab"]
+  start = jax.device_get(sessions[0].state.width)
+  sessions[0].reply(PROMPTS[:1], [9])
+  learnt = jax.device_get(sessions[0].state.width)
+  assert not np.array_equal(*map(jax.tree.leaves, (start, learnt)))
+  sessions[1].reset()
+  for session in (sessions[1], Session(model, model.decoder(), 1, LONGEST, 31)):
+    np.testing.assert_equal(jax.device_get(session.state.width), learnt)
+  assert not tiny_model(VOCAB).beliefs
+
+
 def test_full_capacity_is_usable_and_no_more():
   model = tiny_model(VOCAB)
   session = Session(model, model.decoder(), 1, 20, 15)

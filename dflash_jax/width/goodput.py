@@ -17,8 +17,8 @@ from dflash_jax.width.base import (
 
 MARGIN_LIMIT = 16.0  # logits; beyond it a margin says nothing more
 # Before any evidence: w and b of a margin, and their standard deviations. A
-# chance of 0.62 at no margin, 0.88 at 3: optimistic, so that drafts are tried.
-PRIOR, PRIOR_SPREAD = (0.5, 0.5), (0.5, 1.5)
+# chance of 0.5 at no margin, 0.82 at 3: optimistic, so that drafts are tried.
+PRIOR, PRIOR_SPREAD = (0.5, 0.0), (0.5, 1.5)
 # What a round leaves of older evidence, and a probe: 100 rounds of memory, 5.
 MEMORY, PROBE_MEMORY = 0.99, 0.8
 ROUND_WEIGHT = 1 / 20  # least weight of a round in the realised rate
