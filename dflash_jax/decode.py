@@ -144,11 +144,11 @@ class Decoder:
     )
     cache = state.cache.extend(rows, count)
     last = jnp.maximum(count - 1, 0)[:, None, None]
-    logits = self.target.logits(
+    prediction = self.target.predict(
       params.target, jnp.take_along_axis(hidden, last, axis=1)
     )
-    chosen = sampling_lib.choose(
-      logits, self.sampling, state.seeds, cache.length[:, None]
+    chosen = prediction.choose(
+      self.sampling, state.seeds, cache.length[:, None]
     )
     state = dataclasses.replace(
       state,
@@ -220,13 +220,13 @@ class Decoder:
     hidden, taps, rows = self.target.forward(
       params.target, tokens, state.cache, self.drafter.taps, nodes.tree
     )
-    logits = self.target.logits(params.target, hidden)
+    prediction = self.target.predict(params.target, hidden)
     moment = Moment(state.seeds, state.cache.length)
-    verdict = self.verifier.judge(nodes, logits, moment)
+    verdict = self.verifier.judge(nodes, prediction, moment)
     active = ~state.done
     emitted = jnp.where(active, self._truncate(state, verdict), 0)
     outcome = Outcome.create(
-      proposal, width, verdict, emitted, active, logits, self.policy
+      proposal, width, verdict, emitted, active, prediction, self.policy
     )
     if verdict.path is not None:
       rows = rows.follow(verdict.path)
@@ -285,11 +285,8 @@ class Decoder:
       hidden, states, rows = self.target.forward(
         params.target, read[:, None], state.cache, self.drafter.taps
       )
-      chosen = sampling_lib.choose(
-        self.target.logits(params.target, hidden),
-        self.sampling,
-        state.seeds,
-        state.cache.length[:, None] + 1,
+      chosen = self.target.predict(params.target, hidden).choose(
+        self.sampling, state.seeds, state.cache.length[:, None] + 1
       )
       active = ~state.done
       state = dataclasses.replace(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.noise import threefry
+from pallas_kernels.noise import bits_of
 
 
 class Stream(enum.IntEnum):
@@ -41,8 +41,8 @@ def uniform(
     moments: i32[...], broadcasting with seeds.
     count: draws per row.
   """
-  bits = _bits(stream, seeds, moments, count).astype(jnp.float32)
-  return (bits + 0.5) * np.float32(2.0**-32)
+  bits = bits_of(stream, seeds, moments, count)
+  return (bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
 
 
 def race_times(
@@ -56,20 +56,3 @@ def race_times(
   Arguments as in `uniform`.
   """
   return -jnp.log1p(-uniform(stream, seeds, moments, count))
-
-
-def _bits(
-  stream: Stream | jax.Array, seeds: jax.Array, moments: jax.Array, count: int
-) -> jax.Array:
-  """u32[..., count]: Threefry of (pair, stream), keyed by (seed, moment)."""
-  pairs = jnp.arange(-(-count // 2), dtype=jnp.uint32)
-  shape = (*jnp.broadcast_shapes(seeds.shape, moments.shape), len(pairs))
-
-  def spread(word):
-    return jnp.broadcast_to(word.astype(jnp.uint32), shape)
-
-  first, second = threefry(
-    (spread(seeds[..., None]), spread(moments[..., None])),
-    (spread(pairs), spread(jnp.asarray(stream)[..., None])),
-  )
-  return jnp.concatenate([first, second], axis=-1)[..., :count]

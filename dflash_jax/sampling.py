@@ -13,8 +13,7 @@ import numpy as np
 from dflash_jax import noise
 from dflash_jax.config import ConfigError
 from dflash_jax.noise import Stream
-
-TILE = 128  # logits per block of the two-level argmax
+from pallas_kernels.lm_head_verify.reference import argmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +51,18 @@ class Sampling:
     """Whether the likeliest token is certain."""
     return self.temperature == 0
 
+  @property
+  def is_restricted(self) -> bool:
+    """Whether some tokens are kept out of a draw."""
+    limits = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+    return limits and not self.is_greedy
+
 
 def _impossible(name: str, value: float, remedy: str) -> ConfigError:
   return ConfigError(f"{name}={value} is impossible; {remedy}")
 
 
 GREEDY = Sampling()
-
-
-def argmax(logits: jax.Array) -> jax.Array:
-  """logits f32[..., V] -> i32[...], the lowest id among the largest.
-
-  The largest block of TILE logits first, then its largest entry: one plain
-  maximum over the vocabulary. jnp.argmax carries (value, index) pairs through
-  all of it, which costs a CPU 60 times as much (128 rows of 49,152: 0.9 ms
-  against 57).
-  """
-  *rows, V = logits.shape
-  if V % TILE:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  tiles = logits.reshape(*rows, V // TILE, TILE)
-  best = jnp.argmax(tiles.max(axis=-1), axis=-1)
-  tile = jnp.take_along_axis(tiles, best[..., None, None], axis=-2)[..., 0, :]
-  return (best * TILE + jnp.argmax(tile, axis=-1)).astype(jnp.int32)
 
 
 def weigh(logits: jax.Array, sampling: Sampling) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import nnx
 from dflash_jax import layers
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import TargetConfig
+from dflash_jax.prediction import Prediction
 from dflash_jax.tree import Tree, ancestors, unpack
 
 Params = dict[str, Any]
@@ -172,6 +173,10 @@ class Target:
     network = nnx.merge(_definition(self.config), nnx.State(params))
     return network.norm(output)
 
+  def predict(self, params: Params, hidden: jax.Array) -> Prediction:
+    """What hidden f32[B, T, D] after the final norm says of the next tokens."""
+    return Prediction(hidden, params["head"]["kernel"])
+
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden f32[..., D] after the final norm -> f32[..., V]."""
-    return layers.matmul(hidden, params["head"]["kernel"])
+    return self.predict(params, hidden).logits()

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from dflash_jax import noise, rejection, tree
 from dflash_jax.config import ConfigError
 from dflash_jax.noise import Stream
+from dflash_jax.prediction import Prediction
 from dflash_jax.proposal import Drafting, Law, Moment, Proposal
-from dflash_jax.sampling import Sampling, argmax, choose, weigh
+from dflash_jax.sampling import Sampling, argmax, weigh
 
 RULES = ("greedy", "coupled", "token", "block", "typical")
 # What a reader may expect of the output, against plain decoding.
@@ -97,20 +98,20 @@ class Verifier:
       raise ConfigError("rule='typical' takes chains only; set tree_nodes=0")
 
   def judge(
-    self, proposal: Proposal, logits: jax.Array, moment: Moment
+    self, proposal: Proposal, prediction: Prediction, moment: Moment
   ) -> Verdict:
     """Applies the rule.
 
     Args:
       proposal: P nodes per row.
-      logits: f32[B, P + 1, V], the target's after the anchor and each node.
+      prediction: the target's, after the anchor and each of P nodes.
       moment: addresses of noise.
     """
     if self.rule == "typical":
-      return self._accept_typical(proposal, logits, moment)
+      return self._accept_typical(proposal, prediction, moment)
     if proposal.law is None or not proposal.num_nodes:
-      return self._match(proposal, logits, moment)
-    probs = weigh(logits, self.sampling)
+      return self._match(proposal, prediction, moment)
+    probs = weigh(prediction.logits(), self.sampling)
     probs = probs / probs.sum(axis=-1, keepdims=True)
     if proposal.tree is None:
       return self._accept_chain(proposal.tokens, proposal.law, probs, moment)
@@ -119,7 +120,7 @@ class Verifier:
     )
 
   def _match(
-    self, proposal: Proposal, logits: jax.Array, moment: Moment
+    self, proposal: Proposal, prediction: Prediction, moment: Moment
   ) -> Verdict:
     """Accepts drafts for as long as they equal what the target chooses.
 
@@ -127,33 +128,18 @@ class Verifier:
     with noise that depends on its position alone: plain decoding's tokens, for
     any drafter (Daliri et al., arXiv 2408.07978).
     """
-    positions = moment.positions[:, None] + 1
+    B, P = proposal.tokens.shape
+    nodes = proposal.tree or tree.chain(B, P)
+    depths = jnp.pad(nodes.depths, ((0, 0), (1, 0)))
+    chosen = prediction.choose(
+      self.sampling, moment.seeds, moment.positions[:, None] + 1 + depths
+    )
     if proposal.tree is None:
-      rows = jnp.arange(proposal.num_nodes + 1, dtype=jnp.int32)
-      chosen = choose(logits, self.sampling, moment.seeds, positions + rows)
       return match_prefix(proposal, chosen)
-    chosen = self._choose_rows(proposal.tree, logits, moment)
     depth = min(self.max_depth, proposal.num_nodes)
     path, accepted = tree.descend(proposal.tree, proposal.tokens, chosen, depth)
     tokens = jnp.take_along_axis(chosen, path, axis=1)
     return Verdict(tokens, accepted, path)
-
-  def _choose_rows(
-    self, nodes: tree.Tree, logits: jax.Array, moment: Moment
-  ) -> jax.Array:
-    """i32[B, P + 1]: the target's choice after each row of a tree."""
-    if self.sampling.is_greedy:
-      return argmax(logits)
-    ahead = jnp.arange(1, self.max_depth + 2, dtype=jnp.int32)
-    times = noise.race_times(
-      Stream.CHOICE,
-      moment.seeds[:, None],
-      moment.positions[:, None] + ahead,
-      logits.shape[-1],
-    )
-    depths = jnp.pad(nodes.depths, ((0, 0), (1, 0)))
-    times = jnp.take_along_axis(times, depths[..., None], axis=1)
-    return argmax(weigh(logits, self.sampling) / times)
 
   def _accept_chain(
     self, drafts: jax.Array, law: Law, probs: jax.Array, moment: Moment
@@ -200,14 +186,14 @@ class Verifier:
     return Verdict(_replace(tokens, accepted, last), accepted, path)
 
   def _accept_typical(
-    self, proposal: Proposal, logits: jax.Array, moment: Moment
+    self, proposal: Proposal, prediction: Prediction, moment: Moment
   ) -> Verdict:
     """Keeps drafts that are likely enough where the target is unsure. Lossy.
 
     p(x) > min(floor, scale exp(-entropy)): Medusa, arXiv 2401.10774, section
     3.3.1. The round's last token is the target's own choice.
     """
-    probs = weigh(logits, self.sampling)
+    probs = weigh(prediction.logits(), self.sampling)
     probs = probs / probs.sum(axis=-1, keepdims=True)
     P = proposal.num_nodes
     entropy = jax.scipy.special.entr(probs[:, :P]).sum(axis=-1)
@@ -218,7 +204,7 @@ class Verifier:
     accepted = count_leading(likely > limit)
     rows = jnp.arange(P + 1, dtype=jnp.int32)
     positions = moment.positions[:, None] + 1 + rows
-    chosen = choose(logits, self.sampling, moment.seeds, positions)
+    chosen = prediction.choose(self.sampling, moment.seeds, positions)
     last = jnp.take_along_axis(chosen, accepted[:, None], axis=1)[:, 0]
     return Verdict(_replace(proposal.tokens, accepted, last), accepted)
 

@@ -1,8 +1,7 @@
-"""Exponential noise by address, computed where it is needed: in registers.
+"""Noise by address: for plain XLA code, and in a kernel's registers.
 
-The draws of the coupled rule. They equal, bit for bit in the cipher and within
-float32 rounding in the logarithm, the ones that plain XLA code makes, so a
-token that a kernel samples is the token that the reference samples.
+The two are equal, bit for bit in the cipher and within float32 rounding in the
+logarithm, so a token that a kernel samples is the token that XLA samples.
 """
 
 import jax
@@ -38,6 +37,33 @@ def _rotate(x: jax.Array, distance: int) -> jax.Array:
   return left | lax.shift_right_logical(x, jnp.full_like(x, 32 - distance))
 
 
+def bits_of(
+  stream: int | jax.Array, seeds: jax.Array, moments: jax.Array, count: int
+) -> jax.Array:
+  """u32[..., count]: the cipher of (pair, stream), keyed by (seed, moment).
+
+  For plain XLA code. A block of the cipher serves numbers i and i + half, half
+  of count rounded up.
+
+  Args:
+    stream: of the draws; an array i32[...] where it differs by row.
+    seeds: u32[...], one per request.
+    moments: i32[...], broadcasting with seeds.
+    count: numbers per row.
+  """
+  pairs = jnp.arange(-(-count // 2), dtype=jnp.uint32)
+  shape = (*jnp.broadcast_shapes(seeds.shape, moments.shape), len(pairs))
+
+  def spread(word: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(word.astype(jnp.uint32), shape)
+
+  halves = threefry(
+    (spread(seeds[..., None]), spread(moments[..., None])),
+    (spread(pairs), spread(jnp.asarray(stream)[..., None])),
+  )
+  return jnp.concatenate(halves, axis=-1)[..., :count]
+
+
 def race_times(
   seeds: jax.Array,
   moments: jax.Array,
@@ -46,7 +72,7 @@ def race_times(
   stream: int,
   vocabulary: int,
 ) -> jax.Array:
-  """f32 > 0 of mean 1, one per element: how late a token arrives.
+  """f32 > 0 of mean 1, one per element, in registers: how late a token arrives.
 
   Args:
     seeds, moments: u32, the address of a row, spread over its tokens.

@@ -10,6 +10,7 @@ import pytest
 from dflash_jax import rejection, verify
 from dflash_jax.config import ConfigError
 from dflash_jax.noise import Stream
+from dflash_jax.prediction import Prediction
 from dflash_jax.proposal import Drafting, Law, Moment, Proposal, chain
 from dflash_jax.sampling import GREEDY, Sampling, choose
 from dflash_jax.tree import Tree
@@ -28,6 +29,11 @@ def moment(batch: int, seed: int = 0) -> Moment:
 def random_logits(batch: int, rows: int, seed: int = 0) -> jax.Array:
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.normal(size=(batch, rows, V)) * 2, jnp.float32)
+
+
+def said(logits: jax.Array) -> Prediction:
+  """The prediction whose logits f32[B, T, V] are these, to the bit."""
+  return Prediction(logits, jnp.eye(V))
 
 
 # --- Matching -----------------------------------------------------------------
@@ -51,7 +57,7 @@ def test_an_empty_proposal_yields_the_targets_own_token():
   empty = chain(jnp.zeros((3, 0), jnp.int32))
   logits = random_logits(3, 1)
   for rule in ("greedy", "token", "block"):
-    verdict = Verifier(rule, GREEDY, 0).judge(empty, logits, moment(3))
+    verdict = Verifier(rule, GREEDY, 0).judge(empty, said(logits), moment(3))
     np.testing.assert_array_equal(verdict.tokens, logits.argmax(-1))
     np.testing.assert_array_equal(verdict.accepted, [0, 0, 0])
 
@@ -63,7 +69,7 @@ def test_certain_drafts_get_the_seeded_choice_of_plain_sampling(rule):
   positions = where.positions[:, None] + 1 + jnp.arange(P + 1)
   chosen = choose(logits, SAMPLED, where.seeds, positions)
   drafts = chosen[:, :-1].at[3:, 2].add(1) % V
-  verdict = Verifier(rule, SAMPLED, P).judge(chain(drafts), logits, where)
+  verdict = Verifier(rule, SAMPLED, P).judge(chain(drafts), said(logits), where)
   np.testing.assert_array_equal(verdict.accepted, [P] * 3 + [2] * 4)
   for row, count in enumerate(verdict.accepted):
     emitted = slice(0, int(count) + 1)
@@ -105,7 +111,7 @@ def test_a_tree_is_walked_along_the_targets_choices(sampling):
     tokens[row, 3] = choice(row, 2, 1)
   rule = "greedy" if sampling is GREEDY else "coupled"
   verdict = Verifier(rule, sampling, 3).judge(
-    two_branches(tokens), logits, where
+    two_branches(tokens), said(logits), where
   )
   np.testing.assert_array_equal(verdict.accepted, [2, 2])
   np.testing.assert_array_equal(verdict.path, [[0, 2, 4, 4]] * 2)
@@ -149,7 +155,9 @@ def script(monkeypatch, draws):
 def test_the_token_rule_stops_at_the_first_failure(monkeypatch):
   proposal, logits = drawn_chain(3), random_logits(3, P + 1)
   script(monkeypatch, [[0] * 5, [0, 0, 2, 0, 0], [2, 0, 0, 0, 0]])
-  verdict = Verifier("token", SAMPLED, P).judge(proposal, logits, moment(3))
+  verdict = Verifier("token", SAMPLED, P).judge(
+    proposal, said(logits), moment(3)
+  )
   np.testing.assert_array_equal(verdict.accepted, [5, 2, 0])
   np.testing.assert_array_equal(verdict.tokens[0, :5], proposal.tokens[0])
   np.testing.assert_array_equal(verdict.tokens[1, :2], proposal.tokens[1, :2])
@@ -158,7 +166,9 @@ def test_the_token_rule_stops_at_the_first_failure(monkeypatch):
 def test_the_block_rule_takes_the_last_success(monkeypatch):
   proposal, logits = drawn_chain(3), random_logits(3, P + 1)
   script(monkeypatch, [[2, 2, 2, 2, 2], [2, 0, 2, 0, 2], [2, 2, 2, 2, 0]])
-  verdict = Verifier("block", SAMPLED, P).judge(proposal, logits, moment(3))
+  verdict = Verifier("block", SAMPLED, P).judge(
+    proposal, said(logits), moment(3)
+  )
   np.testing.assert_array_equal(verdict.accepted, [0, 4, 5])
   np.testing.assert_array_equal(verdict.tokens[1, :4], proposal.tokens[1, :4])
 
@@ -170,7 +180,7 @@ def test_a_rejected_draft_is_drawn_anew_from_the_residual(monkeypatch):
   repeat = repeater(draws)
   script(monkeypatch, np.tile([[0, 2, 0, 0, 0]], (draws, 1)))
   verdict = Verifier("token", SAMPLED, P).judge(
-    jax.tree.map(repeat, proposal), repeat(logits), moment(draws)
+    jax.tree.map(repeat, proposal), said(repeat(logits)), moment(draws)
   )
   assert set(np.asarray(verdict.accepted).tolist()) == {1}
   p = np.asarray(jax.nn.softmax(logits[0, 1]))
@@ -200,7 +210,9 @@ def test_a_certain_target_keeps_only_its_own_token(sampling):
     ),
   )
   for rule in ("token", "block"):
-    verdict = Verifier(rule, sampling, P).judge(proposal, logits, moment(5))
+    verdict = Verifier(rule, sampling, P).judge(
+      proposal, said(logits), moment(5)
+    )
     assert (verdict.accepted >= 2).all()
     last = verdict.accepted[:, None]
     np.testing.assert_array_equal(
@@ -214,8 +226,8 @@ def test_typical_acceptance_is_more_lenient_where_the_target_is_unsure():
   sure = jnp.zeros((1, P + 1, V)).at[..., 3].set(9.0)
   drafts = chain(jnp.full((1, P), 4, jnp.int32))
   lossy = Verifier("typical", SAMPLED, P)
-  assert int(lossy.judge(drafts, flat, moment(1)).accepted[0]) == P
-  assert int(lossy.judge(drafts, sure, moment(1)).accepted[0]) == 0
+  assert int(lossy.judge(drafts, said(flat), moment(1)).accepted[0]) == P
+  assert int(lossy.judge(drafts, said(sure), moment(1)).accepted[0]) == 0
 
 
 # --- Pairings -----------------------------------------------------------------

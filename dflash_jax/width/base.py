@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dflash_jax.prediction import Prediction
 from dflash_jax.proposal import Proposal
 from dflash_jax.tree import Tree, chain
 from dflash_jax.verify import Verdict
@@ -87,7 +88,7 @@ class Outcome:
     verdict: Verdict,
     emitted: jax.Array,
     active: jax.Array,
-    logits: jax.Array,
+    prediction: Prediction,
     policy: "Policy",
   ) -> "Outcome":
     """What a round showed of all P nodes, of which `width` were verified.
@@ -95,7 +96,7 @@ class Outcome:
     Args:
       proposal, verdict: of the round.
       emitted, active: as in Outcome.
-      logits: f32[B, width + 1, V], the target's.
+      prediction: the target's, of width + 1 rows.
       policy: says whether it wants to know the entropy.
     """
     B, P = proposal.tokens.shape
@@ -112,6 +113,7 @@ class Outcome:
       last = verdict.path[:, -1]
     entropy = jnp.zeros((B,), jnp.float32)
     if policy.needs_entropy:
+      logits = prediction.logits()
       row = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
       entropy = jax.scipy.special.entr(jax.nn.softmax(row)).sum(axis=-1)
     return cls(

@@ -17,7 +17,9 @@ from pallas_kernels.lm_head_verify.tiles import Work
 from pallas_kernels.memory import swizzled
 
 BY_ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE  # a thread owns a row of the result
-BY_QUAD = plgpu.Layout.TCGEN05  # four threads share a row, for its columns' sums
+BY_QUAD = (
+  plgpu.Layout.TCGEN05
+)  # four threads share a row, for its columns' sums
 ISSUE, FOLD = 0, 1  # warpgroups
 LOAD_WARP, MMA_WARP = 0, 1  # of the first
 BUFFERS = 2  # accumulators
@@ -95,9 +97,11 @@ def partial_stats(
       def step_(step, _):
         slot = lax.rem(tile * steps + step, stages)
         plgpu.barrier_wait(loaded.at[slot])
+        left, right = work.operands(hidden_s.at[slot], head_s.at[slot])
         plgpu.tcgen05_mma(
           accumulator(tile),
-          *work.operands(hidden_s.at[slot], head_s.at[slot]),
+          left,
+          right,
           consumed.at[slot],
           accumulate=step > 0,
         )
@@ -148,7 +152,7 @@ def partial_stats(
           first = first if config.swapped else first + column
           return tiles.fold_tile(work, part, logits, first, address, layout)
 
-        # A loop in the program: unrolled, all loads would be hoisted, and spill.
+        # A loop of the program's: unrolled, all loads are hoisted, and spill.
         part = lax.fori_loop(0, acc_columns // chunk, fold_chunk, part)
         plgpu.wait_load_tmem()
         plgpu.barrier_arrive(free.at[lax.rem(tile, BUFFERS)])

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import noise
 from pallas_kernels.lm_head_verify.row_stats import LOWEST, Draws, RowStats
+from pallas_kernels.noise import bits_of
 
 TILE = 128  # logits per block of the two-level argmax
 
@@ -52,38 +52,31 @@ def logits_of(
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-  """logits f32[M, V] -> i32[M], the lowest id among the largest.
+  """logits f32[..., V] -> i32[...], the lowest id among the largest.
 
   The largest block of TILE logits first, then its largest entry: one plain
   maximum over the vocabulary. jnp.argmax carries (value, index) pairs through
-  all of it, which costs a CPU 60 times as much.
+  all of it, which costs a CPU 60 times as much (128 rows of 49,152: 0.9 ms
+  against 57).
   """
-  M, V = logits.shape
+  *rows, V = logits.shape
   if V % TILE:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  tiles = logits.reshape(M, V // TILE, TILE)
+  tiles = logits.reshape(*rows, V // TILE, TILE)
   best = jnp.argmax(tiles.max(axis=-1), axis=-1)
-  tile = jnp.take_along_axis(tiles, best[:, None, None], axis=1)[:, 0]
+  tile = jnp.take_along_axis(tiles, best[..., None, None], axis=-2)[..., 0, :]
   return (best * TILE + jnp.argmax(tile, axis=-1)).astype(jnp.int32)
 
 
 def sample(logits: jax.Array, draws: Draws) -> jax.Array:
-  """i32[M]: argmax of logit / temperature - log(race time)."""
-  times = race_times(draws, logits.shape[-1])
-  return argmax(logits / draws.temperature - jnp.log(times))
+  """i32[M]: argmax of exp(logit / temperature) / race time."""
+  top = logits.max(axis=-1, keepdims=True)
+  weights = jnp.exp((logits - top) / draws.temperature)
+  return argmax(weights / race_times(draws, logits.shape[-1]))
 
 
 def race_times(draws: Draws, vocabulary: int) -> jax.Array:
   """f32[M, V] > 0, exponential of mean 1: how late each token arrives."""
-  pairs = jnp.arange(-(-vocabulary // 2), dtype=jnp.uint32)
-  shape = (draws.seeds.shape[0], len(pairs))
-
-  def spread(word):
-    return jnp.broadcast_to(word.astype(jnp.uint32), shape)
-
-  halves = noise.threefry(
-    (spread(draws.seeds[:, None]), spread(draws.moments[:, None])),
-    (spread(pairs), spread(jnp.uint32(draws.stream))),
-  )
-  bits = jnp.concatenate(halves, axis=-1)[:, :vocabulary].astype(jnp.float32)
-  return -jnp.log1p(-((bits + 0.5) * np.float32(2.0**-32)))
+  bits = bits_of(draws.stream, draws.seeds, draws.moments, vocabulary)
+  u = (bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
+  return -jnp.log1p(-u)

@@ -103,6 +103,7 @@ def fold(
   asked = jnp.where(ids == spread(tokens), logits, np.float32(0))
   race, winner = part.race, part.winner
   if scores is not None:
+    assert race is not None and winner is not None
     tile_race = jnp.max(scores, axis=vocab_axis)
     tile_winner = first_at(scores, tile_race)
     winner = jnp.where(tile_race > race, tile_winner, winner)
@@ -128,7 +129,7 @@ def merge(parts: Partial) -> RowStats:
   second = jnp.where(is_best, parts.second, parts.top).max(axis=0)
   total = (parts.total * jnp.exp(parts.top - top)).sum(axis=0)
   sample = None
-  if parts.race is not None:
+  if parts.race is not None and parts.winner is not None:
     wins = parts.race == parts.race.max(axis=0)
     sample = jnp.where(wins, parts.winner, NO_TOKEN).min(axis=0)
   return RowStats(

@@ -18,9 +18,7 @@ ROWS = (1, 16, 32, 64, 128, 512)
 
 def cases() -> list[Case]:
   """Greedy verification of every head; draws and a soft cap of one."""
-  found = [
-    _case(model, rows, draws=False) for model in HEADS for rows in ROWS
-  ]
+  found = [_case(model, rows, draws=False) for model in HEADS for rows in ROWS]
   return found + [_case("qwen3-8b", rows, draws=True) for rows in (16, 128)]
 
 
@@ -35,12 +33,12 @@ def _case(model: str, rows: int, *, draws: bool) -> Case:
   if draws:
     operands += [array(rows, dtype=jnp.uint32), array(rows, dtype=jnp.int32)]
 
-  def call(hidden, head, tokens, *address, implementation):
+  def call(hidden, head, tokens, seeds=None, moments=None, *, implementation):
     return lm_head_verify(
       hidden,
       head,
       tokens,
-      Draws(*address, temperature=0.8) if address else None,
+      Draws(seeds, moments, temperature=0.8) if draws else None,
       vocab_axis=axis,
       implementation=implementation,
     )

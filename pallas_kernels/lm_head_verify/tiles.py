@@ -220,7 +220,8 @@ def write(part: Partial, floats, ids, cta: jax.Array, rows) -> None:
 
 def read(floats: jax.Array, ids: jax.Array) -> Partial:
   """The kernels' two outputs, by name."""
-  names = dict.fromkeys(Partial._fields)
-  names |= dict(zip(FLOATS, floats, strict=False))
-  names |= dict(zip(IDS, ids, strict=False))
-  return Partial(**names)
+  race = winner = None
+  if floats.shape[0] == len(FLOATS):
+    race, winner = floats[4], ids[1]
+  top, second, total, given = floats[:4]
+  return Partial(top, second, total, ids[0], given, race, winner)

@@ -33,14 +33,17 @@ def lm_head_verify(
   cores: int = 3,
   draws: bool = False,
   softcap: float | None = None,
+  negative: bool = False,
 ) -> None:
-  """Compares every statistic."""
+  """Compares every statistic; negative logits lie below a missing token's 0."""
   from pallas_kernels.lm_head_verify import api, reference
   from pallas_kernels.lm_head_verify.row_stats import Draws
 
   rng = np.random.default_rng(rows + vocabulary)
   hidden = whole_numbers(rng, rows, width)
   head = whole_numbers(rng, vocabulary, width)
+  if negative:
+    hidden, head = -abs(hidden) - 1, abs(head) + 1
   head = head if vocab_axis == 0 else head.T
   tokens = jnp.array(rng.integers(0, vocabulary, rows), jnp.int32)
   drawing = None

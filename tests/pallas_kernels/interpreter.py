@@ -99,7 +99,7 @@ class _Planter(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
   """Loads one module of pallas_kernels with a bug in it."""
 
   def __init__(self, mutant: Mutant):
-    path = ROOT / "pallas_kernels" / mutant.file
+    path = (ROOT / "pallas_kernels" / mutant.file).resolve()
     source = path.read_text()
     if source.count(mutant.old) != 1:
       raise ValueError(
@@ -109,6 +109,7 @@ class _Planter(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     self.path, self.source = str(path), source.replace(mutant.old, mutant.new)
     parts = path.relative_to(ROOT).with_suffix("").parts
     self.module = ".".join(parts)
+    self.is_planted = False
 
   def find_spec(self, name, path=None, target=None):
     if name != self.module:
@@ -119,6 +120,7 @@ class _Planter(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     return self.path
 
   def get_data(self, path):
+    self.is_planted = True
     return self.source.encode()
 
 
@@ -134,9 +136,13 @@ def _judge(job: Job) -> str:
   module, function = job.check.split(":")
   try:
     getattr(importlib.import_module(module), function)(**job.arguments)
+    if planters and not planters[0].is_planted:
+      raise ImportError(f"{planters[0].module} was not imported")
     races = interpret_pallas_call.get_races()
     return RACE if races.races_found else SOUND
   except Exception as error:
+    if planters and not planters[0].is_planted:
+      raise
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     if job.mutant is None:
       traceback.print_exc()
