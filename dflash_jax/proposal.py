@@ -9,6 +9,7 @@ from dflash_jax import noise, tree
 from dflash_jax.noise import Stream
 from dflash_jax.sampling import GREEDY, Sampling, argmax, weigh
 from dflash_jax.tree import Tree
+from pallas_kernels.lm_head_verify import RowStats
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +100,11 @@ class Drafting:
     """Whether proposals come without a law."""
     return self.sampling.is_greedy or self.is_coupled
 
+  @property
+  def takes_best(self) -> bool:
+    """Whether a chain of each depth's likeliest token is asked for."""
+    return self.sampling.is_greedy and not self.is_tree and self.num_nodes > 0
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +118,20 @@ class Moment:
 
   seeds: jax.Array
   positions: jax.Array
+
+
+def from_best(stats: RowStats, ids: jax.Array | None) -> Proposal:
+  """The chain of each depth's likeliest token.
+
+  Args:
+    stats: of the drafter's head, rows [B, P].
+    ids: i32[V'], token id of each column, or None.
+  """
+  return Proposal(
+    tokens=stats.best if ids is None else ids[stats.best],
+    confidence=jnp.exp(stats.top - stats.logsumexp),
+    margins=stats.margin,
+  )
 
 
 def from_marginals(

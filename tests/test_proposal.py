@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from dflash_jax.noise import Stream, race_times
-from dflash_jax.proposal import Drafting, Moment, from_marginals
+from dflash_jax.proposal import (
+  Drafting,
+  Moment,
+  from_best,
+  from_marginals,
+)
 from dflash_jax.sampling import Sampling
+from pallas_kernels.lm_head_verify import lm_head_verify
 
 B, D, V, COLUMNS = 2, 4, 23, 11
 IDS = jnp.asarray(np.sort(np.random.default_rng(5).permutation(V)[:COLUMNS]))
@@ -45,6 +51,20 @@ def test_a_greedy_chain_is_the_best_token_of_each_depth():
   np.testing.assert_allclose(offer.confidence, probs.max(-1), rtol=1e-5)
   two = np.sort(logits, axis=-1)[..., -2:]
   np.testing.assert_allclose(offer.margins, two[..., 1] - two[..., 0], 1e-5)
+
+
+def test_a_chain_of_best_tokens_needs_no_logits():
+  """The same proposal, from what the head's statistics say."""
+  logits = make_logits()
+  flat = logits.reshape(-1, COLUMNS)
+  stats = lm_head_verify(flat, jnp.eye(COLUMNS), vocab_axis=1)
+  stats = jax.tree.map(lambda row: row.reshape(logits.shape[:2]), stats)
+  found, wanted = from_best(stats, IDS), propose(Drafting(D))
+  np.testing.assert_array_equal(found.tokens, wanted.tokens)
+  np.testing.assert_allclose(found.confidence, wanted.confidence, 1e-5)
+  np.testing.assert_allclose(found.margins, wanted.margins, 1e-5)
+  bare = from_best(stats, None)
+  np.testing.assert_array_equal(bare.tokens, logits.argmax(-1))
 
 
 def test_a_drawn_chain_states_the_law_it_was_drawn_from():

@@ -21,7 +21,14 @@ from dflash_jax import layers
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import DrafterConfig
 from dflash_jax.drafters.base import Borrowed, Params
-from dflash_jax.proposal import Drafting, Moment, Proposal, from_marginals
+from dflash_jax.proposal import (
+  Drafting,
+  Moment,
+  Proposal,
+  from_best,
+  from_marginals,
+)
+from pallas_kernels.lm_head_verify import RowStats, lm_head_verify
 
 # (layer, query f32[B, K, N, H]) -> (out f32[B, K, N, H], lse f32[B, K, N])
 ContextAttention = Callable[[int, jax.Array], tuple[jax.Array, jax.Array]]
@@ -137,7 +144,10 @@ class DFlash:
       params, state, anchor, borrowed.embedding, remaining + 1
     )
     depths = self.max_drafts if drafting.is_tree else drafting.num_nodes
-    logits = self.logits(hidden[:, 1 : 1 + depths], borrowed.head)
+    masks = hidden[:, 1 : 1 + depths]
+    if drafting.takes_best:
+      return from_best(self.read_head(masks, borrowed.head), borrowed.head_ids)
+    logits = self.logits(masks, borrowed.head)
     return from_marginals(
       logits, borrowed.head_ids, drafting, moment, self.config.vocab_size
     )
@@ -255,6 +265,16 @@ class DFlash:
     logits = layers.matmul(hidden, head) * self.config.output_multiplier
     cap = self.config.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+  def read_head(self, hidden: jax.Array, head: jax.Array) -> RowStats:
+    """Of the logits of hidden f32[B, P, D]: rows [B, P], no logits made."""
+    stats = lm_head_verify(
+      hidden.reshape(-1, hidden.shape[-1]) * self.config.output_multiplier,
+      head,
+      vocab_axis=1,
+      softcap=self.config.logit_softcap,
+    )
+    return jax.tree.map(lambda row: row.reshape(hidden.shape[:2]), stats)
 
   def _block_mask(self, index: int) -> jax.Array:
     """bool[1, K, K]: which slots of its own block a slot sees."""

@@ -58,16 +58,17 @@ def lm_head_verify(
     return reference.lm_head_verify(
       hidden, head, tokens, draws, vocab_axis=vocab_axis, softcap=softcap
     )
-  return run_kernel(
-    chosen,
-    device,
-    hidden,
-    head,
-    tokens,
-    draws,
-    vocab_axis=vocab_axis,
-    softcap=softcap,
-  )
+  with jax.named_scope(NAME):
+    return run_kernel(
+      chosen,
+      device,
+      hidden,
+      head,
+      tokens,
+      draws,
+      vocab_axis=vocab_axis,
+      softcap=softcap,
+    )
 
 
 def run_kernel(

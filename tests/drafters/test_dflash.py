@@ -126,6 +126,10 @@ def check_round(case, name, context, absorbed):
     arrays[f"{name}.draft_logits"],
     atol=TOLERANCE,
   )
+  stats = drafter.read_head(hidden[None, 1:], case.params.borrowed.head)
+  logits = np.asarray(arrays[f"{name}.draft_logits"])
+  np.testing.assert_array_equal(stats.best[0], logits.argmax(-1))
+  np.testing.assert_allclose(stats.top[0], logits.max(-1), atol=TOLERANCE)
 
 
 def qwen3_8b_drafter() -> DrafterConfig:
