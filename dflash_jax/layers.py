@@ -157,40 +157,6 @@ class Projections(nnx.Module):
 # --- Attention ----------------------------------------------------------------
 
 
-def attend_parts(
-  query: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]
-) -> jax.Array:
-  """Grouped-query attention over keys that lie in several arrays.
-
-  Args:
-    query: f32[B, T, N, H]; query head n reads key/value head n // (N / G).
-    *parts: (key f[B, G, S, H], value f[B, G, S, H], mask bool[B, T, S] or
-      broadcastable, True where visible), each with its own S, which may be 0.
-
-  Returns:
-    f32[B, T, N, H].
-  """
-  B, T, N, H = query.shape
-  G = parts[0][0].shape[1]
-  grouped = _group(query, G)
-  scores = [
-    jnp.where(
-      mask[:, None, None],
-      _scores(grouped, key).reshape(B, G, N // G, T, -1) / math.sqrt(H),
-      -1e30,
-    )
-    for key, _, mask in parts
-  ]
-  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-  weights = weights.reshape(B, G, (N // G) * T, -1)
-  out, first = jnp.zeros((), jnp.float32), 0
-  for key, value, _ in parts:
-    count = key.shape[2]
-    out = out + _weighted(weights[..., first : first + count], value)
-    first += count
-  return _ungroup(out, T)
-
-
 def _group(query: jax.Array, num_kv_heads: int) -> jax.Array:
   """f32[B, T, N, H] -> f32[B, G, N / G * T, H], rows of each kv head."""
   B, T, N, H = query.shape

@@ -18,7 +18,8 @@ from dflash_jax import layers
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import TargetConfig
 from dflash_jax.prediction import Prediction
-from dflash_jax.tree import Tree, ancestors, unpack
+from dflash_jax.tree import Tree, ancestors
+from pallas_kernels.block_attention import block_attention
 
 Params = dict[str, Any]
 
@@ -45,11 +46,12 @@ class _Layer(nnx.Module):
     x: jax.Array,
     angles: jax.Array,
     past: tuple[jax.Array, jax.Array, jax.Array],
-    mask: jax.Array,
+    seen: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of x f32[B, T, D], and the keys and values f[B, G, T, H] of its tokens.
 
-    `past` is (keys, values, mask) of the cache; `mask` is among the T.
+    `past` is (keys, values, length) of the cache; `seen` u32[B, T, W] says in
+    packed bits which of the T each row sees; None for those up to its own.
     """
     normed = self.attention_norm(x)
     query = self.attention.queries(normed, angles)
@@ -57,7 +59,7 @@ class _Layer(nnx.Module):
       rows.swapaxes(1, 2).astype(past[0].dtype)
       for rows in self.attention.keys_values(normed, angles)
     )
-    attended = layers.attend_parts(query, past, (key, value, mask))
+    attended = block_attention(query, key, value, *past, seen)
     x = x + self.attention.merge(attended)
     return x + self.mlp(self.mlp_norm(x)), key, value
 
@@ -138,11 +140,11 @@ class Target:
     _, T = tokens.shape
     if tree is None:
       positions = cache.positions(T)
-      mask = jnp.tril(jnp.ones((1, T, T), bool))
+      seen = None
     else:
       depths = jnp.pad(tree.depths, ((0, 0), (1, 0)))
       positions = cache.length[:, None] + depths
-      mask = unpack(ancestors(tree), T)
+      seen = ancestors(tree)
     angles = layers.rotary_angles(
       positions,
       self.config.head_width,
@@ -150,11 +152,10 @@ class Target:
       self.config.rotary_scaling,
     )
     x = network.embedding[tokens].astype(jnp.float32)
-    committed = cache.committed_mask()
     outputs, keys, values = {}, [], []
     for index, layer in enumerate(network.layers):
-      past = (*cache.read(index), committed)
-      x, key, value = layer(x, angles, past, mask)
+      past = (*cache.read(index), cache.length)
+      x, key, value = layer(x, angles, past, seen)
       keys.append(key)
       values.append(value)
       if index in taps:

@@ -148,13 +148,6 @@ def ancestors(tree: Tree) -> jax.Array:
   return seen
 
 
-def unpack(packed: jax.Array, count: int) -> jax.Array:
-  """Packed u32[B, T, W] -> bool[B, T, count], bit order as in `ancestors`."""
-  columns = np.arange(count)
-  shifts = (columns % WORD).astype(np.uint32)
-  return ((packed[..., columns // WORD] >> shifts) & 1) == 1
-
-
 def path_products(tree: Tree, chance: jax.Array) -> jax.Array:
   """chance f32[B, P] -> f32[B, P], multiplied along the path to each node."""
   product = jnp.pad(chance, ((0, 0), (1, 0)), constant_values=1)

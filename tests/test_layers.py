@@ -1,7 +1,5 @@
 """Attention, rotary and matmul against slow references."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,16 +126,3 @@ def test_yarn_scales_cos_and_sin_by_the_papers_factor():
   scaling = RotaryScaling("yarn", factor=4.0, original_length=64)
   _, factor = layers.rotary_frequencies(16, 1e4, scaling)
   assert factor == pytest.approx(0.1 * np.log(4.0) + 1.0)
-
-
-def test_attention_over_parts_is_attention_over_their_union(attention):
-  query, key, value, mask = map(jnp.asarray, attention)
-  expected, _ = layers.attend_with_lse(query, key, value, mask)
-  S = key.shape[2]
-  for cuts in ((0, 3, S), (0, 0, S), (0, 2, 5, S)):
-    parts = [
-      (key[:, :, a:b], value[:, :, a:b], mask[..., a:b])
-      for a, b in itertools.pairwise(cuts)
-    ]
-    out = layers.attend_parts(query, *parts)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)

@@ -18,8 +18,8 @@ from dflash_jax.tree import (
   descend,
   look_up,
   path_products,
-  unpack,
 )
+from pallas_kernels.block_attention.reference import block_mask
 
 # (B, D, k, P), 200 cases. Ranks are scarce, plentiful and exactly P; the last
 # two take every node there is.
@@ -45,7 +45,6 @@ grow = fetched(best_first, "num_nodes")
 line = fetched(chain, "batch", "num_nodes")
 values_of = fetched(look_up)
 pack = fetched(ancestors)
-bits_of = fetched(unpack, "count")
 products_of = fetched(path_products)
 walk = fetched(descend, "max_depth")
 
@@ -343,13 +342,13 @@ def test_unpacking_undoes_packing(count):
   words = -(-count // 32)
   padded = np.pad(mask, ((0, 0), (0, 0), (0, 32 * words - count)))
   packed = np.packbits(padded, axis=-1, bitorder="little").view(np.uint32)
-  unpacked = bits_of(packed, count)
+  unpacked = block_mask(count, packed, None)
   assert unpacked.dtype == bool
   np.testing.assert_array_equal(unpacked, mask)
 
 
 def test_the_mask_of_a_chain_is_causal():
-  mask = bits_of(pack(line(2, 37)), 38)
+  mask = block_mask(38, pack(line(2, 37)), None)
   np.testing.assert_array_equal(mask, np.tri(38, dtype=bool)[None].repeat(2, 0))
 
 
