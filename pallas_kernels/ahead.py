@@ -2,18 +2,58 @@
 
 import functools
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-TARGETS = pathlib.Path(__file__).parent / "targets"
+from pallas_kernels.devices import TARGETS
+
+# Package of the extra `aot` -> what kernels are compiled with, below any folder
+# of the import path.
+PARTS = {
+  "jax-cuda13-plugin": "jax_cuda13_plugin",
+  "jax-cuda13-pjrt": "jax_plugins/xla_cuda13",
+  "nvidia-cuda-nvcc": "nvidia/cu13/bin/ptxas",
+  "nvidia-nvvm": "nvidia/cu13/nvvm/libdevice",
+  "nvidia-cuda-nvdisasm": "nvidia/cu13/bin/nvdisasm",
+}
+
+
+def find_tools() -> pathlib.Path:
+  """The folder of the assembler and the disassembler.
+
+  Raises:
+    ModuleNotFoundError: a package is missing.
+  """
+  found = {
+    package: [
+      path
+      for folder in sys.path
+      if (path := pathlib.Path(folder, part)).exists()
+    ]
+    for package, part in PARTS.items()
+  }
+  if missing := [package for package, paths in found.items() if not paths]:
+    raise ModuleNotFoundError(
+      f"{', '.join(missing)}: not on the import path. `make aot` installs what "
+      "compiling without a GPU needs (the extra `aot`) and runs with it"
+    )
+  return found["nvidia-cuda-nvcc"][0].parent
 
 
 @functools.cache
 def describe(target: str) -> tuple[Any, jax.sharding.Sharding]:
-  """A device of targets/<target>.txtpb, and the sharding that places on it."""
+  """A device of targets/<target>.txtpb, and the sharding that places on it.
+
+  Raises:
+    RuntimeError: another target was described before. The compiler keeps the
+      architecture of a process's first kernel.
+  """
+  if describe.cache_info().currsize:
+    raise RuntimeError(f"{target} is a second target: take another process")
   topology = topologies.get_topology_desc(
     platform="cuda",
     target_config=(TARGETS / f"{target}.txtpb").read_text(),
@@ -31,9 +71,8 @@ def compile_for(
 ) -> jax.stages.Compiled:
   """Compiles a function of abstract operands; one target a process.
 
-  The compiler keeps the architecture of the first kernel that it meets. And a
-  kernel is written for the default device, so that is the target meanwhile;
-  else Hopper's code would be compiled for Blackwell, without a word.
+  A kernel is written for the default device, so that is the target meanwhile;
+  else code for Hopper could be compiled for Blackwell, without a word.
   """
   device, placed = describe(target)
   operands = jax.tree.map(

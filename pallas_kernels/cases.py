@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Case:
   Attributes:
     name: operation/model, shape.
     call: (*operands, implementation=...) -> arrays.
-    operands: their shapes and types, pytrees of ShapeDtypeStruct.
+    operands: what it is given, pytrees of Operand.
     bytes: that must cross global memory at least.
     flops: of the mathematics, padding apart.
   """
@@ -24,6 +26,37 @@ class Case:
   operands: tuple[Any, ...]
   bytes: int
   flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+  """An abstract array, and what to fill it with where values are needed.
+
+  Attributes:
+    shape, dtype: of the array.
+    low, high: whole numbers are drawn from low to high, both included; other
+      numbers are normal, of mean 0 and deviation 1.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  low: int = 0
+  high: int = 0
+
+  @property
+  def num_bytes(self) -> int:
+    return self.dtype.itemsize * int(np.prod(self.shape))
+
+  def make(self, key: jax.Array) -> jax.Array:
+    """The array, its values drawn with a key."""
+    if jnp.issubdtype(self.dtype, jnp.integer):
+      # Bounds of 32 bits may overflow what randint takes.
+      bits = jax.random.bits(key, self.shape, jnp.uint32)
+      span = self.high - self.low + 1
+      bits = bits if span >= 2**32 else bits % np.uint32(span)
+      return (bits + np.uint32(self.low % 2**32)).astype(self.dtype)
+    kind = self.dtype if self.dtype.itemsize > 1 else jnp.bfloat16
+    return jax.random.normal(key, self.shape, kind).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +77,8 @@ class Budget:
   tensor_columns: int = 0
 
 
-def array(*shape: int, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-  """An abstract operand."""
-  return jax.ShapeDtypeStruct(shape, dtype)
+def array(
+  *shape: int, dtype: jax.typing.DTypeLike, low: int = 0, high: int = 0
+) -> Operand:
+  """An abstract operand; low and high bound its whole numbers."""
+  return Operand(shape, jnp.dtype(dtype), low, high)

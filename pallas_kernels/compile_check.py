@@ -7,8 +7,10 @@ One process per target: the compiler keeps the architecture of its first kernel.
 For each kernel at each shape: what it was assembled for, its tensor core
 instructions, registers, spills, shared and tensor memory, against the budgets
 of its config.py. Needs the packages of the extra `aot`, and no GPU.
+docs/kernels.md says how to read the table.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -19,7 +21,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
+from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
@@ -33,9 +38,14 @@ ASSEMBLED = {
   "b300": ("sm_103a", "sm100"),
   "h100": ("sm_90a", "sm90"),
 }
-OPERATIONS = ("lm_head_verify",)
-TIMEOUT = 900  # seconds for one target
+OPERATIONS = ("lm_head_verify", "block_verify", "block_attention", "fp8_matmul")
+TIMEOUT = 1800  # seconds for one target
 RESULT = "compiled: "  # begins a line of a child's output
+LAST_LINES = 60  # of a failed child's error output
+HEADING = (
+  f"{'case':54} {'target':6} {'assembled':9} {'MMAs':>4} {'registers':>9} "
+  f"{'shared':>7} {'tensor':>6} {'s':>5}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,14 @@ class Compiled:
   shared_bytes: int
   tensor_columns: int
   seconds: float
+
+  def __str__(self) -> str:
+    """A line of the table, but for the verdict."""
+    return (
+      f"{self.name:54} {self.target:6} {self.assembled:9} "
+      f"{self.instructions:4} {self.registers:9} {self.shared_bytes:7} "
+      f"{self.tensor_columns:6} {self.seconds:5.1f}"
+    )
 
   def faults(self, budget: Budget) -> list[str]:
     """What is wrong with it; nothing, if all is well."""
@@ -87,23 +105,33 @@ def cases(architecture: str, only: str = "") -> list[tuple[Case, Budget]]:
 # --- In a process of its own --------------------------------------------------
 
 
-def compile_target(target: str, only: str, dumps: pathlib.Path) -> None:
+def compile_target(target: str, only: str, dumps: pathlib.Path) -> bool:
   """Compiles the cases for one target, and prints a line for each.
 
   Args:
     target: a key of ASSEMBLED.
     only: part of the names of the cases wanted.
     dumps: where the compiler leaves what it made, as the environment says.
+
+  Returns:
+    Whether all could be compiled; if not, the reasons are in the error output.
   """
-  architecture = ASSEMBLED[target][1]
+  architecture, whole = ASSEMBLED[target][1], True
   for case, budget in cases(architecture, only):
     call = functools.partial(case.call, implementation=architecture)
-    before, start = set(dumps.iterdir()), time.perf_counter()
-    ahead.compile_for(target, call, case.operands)
-    seconds = time.perf_counter() - start
-    made = sorted(set(dumps.iterdir()) - before)
-    result = examine(case.name, target, made, budget.instruction, seconds)
-    print(RESULT + json.dumps(dataclasses.asdict(result)), flush=True)
+    start = time.perf_counter()
+    try:
+      ahead.compile_for(target, call, case.operands)
+      seconds, made = time.perf_counter() - start, sorted(dumps.iterdir())
+      result = examine(case.name, target, made, budget.instruction, seconds)
+      print(RESULT + json.dumps(dataclasses.asdict(result)), flush=True)
+    except Exception:  # The compilers' own, of any kind.
+      traceback.print_exc()
+      print(f"{case.name} was not compiled: see above", file=sys.stderr)
+      whole = False
+    for file in dumps.iterdir():
+      file.unlink()
+  return whole
 
 
 def examine(
@@ -154,61 +182,80 @@ def _all(pattern: str, text: str) -> list[str]:
 # --- The command --------------------------------------------------------------
 
 
-def run_target(target: str, only: str) -> tuple[list[Compiled], str]:
-  """Compiles for one target; its results, and the error output if it failed."""
-  with tempfile.TemporaryDirectory() as dumps:
+def run_target(target: str, only: str, show: Callable[[Compiled], None]) -> str:
+  """Compiles for one target in a process of its own.
+
+  Args:
+    target: a key of ASSEMBLED.
+    only: part of the names of the cases wanted.
+    show: is given each result as it comes.
+
+  Returns:
+    The error output if the process failed, else "".
+  """
+  tools = ahead.find_tools()
+  with (
+    tempfile.TemporaryDirectory() as dumps,
+    tempfile.TemporaryFile("w+", errors="replace") as errors,
+  ):
     environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
       "MOSAIC_GPU_DUMP_TO": dumps,
+      # The packages' assembler, not one that the machine may have.
+      "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    command = [sys.executable, "-m", __spec__.name]
-    flags_ = [f"--child={dumps}", f"--targets={target}", f"--only={only}"]
-    try:
-      done = subprocess.run(
-        command + flags_,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-      )
-      output, errors = done.stdout, done.stderr if done.returncode else ""
-    except subprocess.TimeoutExpired as slow:
-      output = (slow.stdout or b"").decode()
-      errors = f"not done after {TIMEOUT} s"
-  lines = output.splitlines()
-  results = [
-    Compiled(**json.loads(line.removeprefix(RESULT)))
-    for line in lines
-    if line.startswith(RESULT)
-  ]
-  return results, errors
+    command = [sys.executable, "-m", "pallas_kernels.compile_check"]
+    options = [f"--child={dumps}", f"--targets={target}", f"--only={only}"]
+    child = subprocess.Popen(
+      command + options,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=errors,
+      text=True,
+    )
+    alarm = threading.Timer(TIMEOUT, child.kill)
+    alarm.start()
+    assert child.stdout is not None
+    with child:
+      for line in child.stdout:
+        if line.startswith(RESULT):
+          show(Compiled(**json.loads(line.removeprefix(RESULT))))
+    is_late = not alarm.is_alive()
+    alarm.cancel()
+    if not child.returncode:
+      return ""
+    errors.seek(0)
+    reason = f"exit code {child.returncode}"
+    if is_late:
+      reason = f"not done after {TIMEOUT} s"
+    return f"{errors.read()}\n{target}: {reason}"
 
 
-def report(targets: list[str], only: str) -> bool:
+def report(targets: Sequence[str], only: str) -> bool:
   """Prints the table; whether every kernel is as it should be."""
+  print(HEADING)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return all(list(pool.map(lambda t: _report_target(t, only), targets)))
+
+
+def _report_target(target: str, only: str) -> bool:
   sound = True
-  print(
-    f"{'case':42} {'target':6} {'assembled':9} {'MMAs':>4} {'registers':>9} "
-    f"{'shared':>7} {'tensor':>6} {'s':>5}"
-  )
-  for target in targets:
-    budgets = {
-      case.name: budget for case, budget in cases(ASSEMBLED[target][1], only)
-    }
-    results, errors = run_target(target, only)
-    for result in results:
-      faults = result.faults(budgets.pop(result.name))
-      sound &= not faults
-      print(
-        f"{result.name:42} {target:6} {result.assembled:9} "
-        f"{result.instructions:4} {result.registers:9} "
-        f"{result.shared_bytes:7} {result.tensor_columns:6} "
-        f"{result.seconds:5.1f}  {'; '.join(faults) or 'ok'}"
-      )
-    if errors or budgets:
-      sound = False
-      print(f"{target}: {len(budgets)} cases were not compiled\n{errors}")
-  return sound
+  budgets = {
+    case.name: budget for case, budget in cases(ASSEMBLED[target][1], only)
+  }
+
+  def show(result: Compiled) -> None:
+    nonlocal sound
+    faults = result.faults(budgets.pop(result.name))
+    sound = sound and not faults
+    print(f"{result}  {'; '.join(faults) or 'ok'}", flush=True)
+
+  errors = run_target(target, only, show)
+  lines = [f"{name:54} {target:6} not compiled" for name in budgets]
+  lines += errors.splitlines()[-LAST_LINES:]
+  if lines:
+    print("\n".join(lines), flush=True)
+  return sound and not lines
 
 
 def main(argv: list[str]) -> None:
@@ -218,18 +265,26 @@ def main(argv: list[str]) -> None:
   unknown = sorted(set(values.targets) - set(ASSEMBLED))
   if unknown or not values.targets:
     raise app.UsageError(
-      f"--targets={','.join(values.targets)}: choose among {', '.join(ASSEMBLED)}"
+      f"--targets={','.join(values.targets)}: choose among "
+      f"{', '.join(ASSEMBLED)}"
     )
+  if not cases(ASSEMBLED[values.targets[0]][1], values.only):
+    raise app.UsageError(f"--only={values.only}: no case's name holds that")
   if values.child:
     (target,) = values.targets
-    compile_target(target, values.only, pathlib.Path(values.child))
-  elif not report(values.targets, values.only):
+    sound = compile_target(target, values.only, pathlib.Path(values.child))
+  else:
+    try:
+      sound = report(values.targets, values.only)
+    except ModuleNotFoundError as error:
+      sys.exit(f"error: {error}")
+  if not sound:
     sys.exit(1)
 
 
 if __name__ == "__main__":
   flags.DEFINE_list(
-    "targets", ["b200", "b300", "h100"], f"GPUs: {', '.join(ASSEMBLED)}."
+    "targets", list(ASSEMBLED), f"GPUs: {', '.join(ASSEMBLED)}."
   )
   flags.DEFINE_string("only", "", "Part of the names of the cases wanted.")
   flags.DEFINE_string("child", "", "Internal: compile here, dumps go to this.")

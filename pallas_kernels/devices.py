@@ -1,10 +1,12 @@
 """The device that code is compiled for, as far as kernels care."""
 
 import dataclasses
+import pathlib
+import re
 
-import jax
 from jax.extend import backend
 
+TARGETS = pathlib.Path(__file__).parent / "targets"
 # Compute capability -> the implementation written for it.
 ARCHITECTURES = {"9.0": "sm90", "10.0": "sm100", "10.3": "sm100"}
 
@@ -35,6 +37,14 @@ class Device:
     )
 
 
-def element_bytes(dtype: jax.typing.DTypeLike) -> int:
-  """Bytes of one element."""
-  return jax.dtypes.canonicalize_dtype(dtype).itemsize
+def cache_bytes(kind: str) -> int:
+  """The L2 cache's size; of a device not in targets/, the largest known."""
+  sizes = {}
+  for file in TARGETS.glob("*.txtpb"):
+    text = file.read_text()
+    model = re.findall(r'device_description_str: "NVIDIA (\w+)', text)[0]
+    sizes[model] = int(re.findall(r"l2_cache_size: (\d+)", text)[0])
+  return next(
+    (size for model, size in sizes.items() if model in kind.split()),
+    max(sizes.values()),
+  )

@@ -151,6 +151,33 @@ def test_waits_for_missing_pieces_and_joins_them(tmp_path):
   assert joined.read_bytes() == b"onetwo"
 
 
+def test_kernels_are_timed_and_not_twice(tmp_path):
+  """Without a target; on a CPU there is only the reference to time."""
+  case = "lm_head_verify/smollm2-135m M=32"
+  options, flags = ["--stage=kernels"], [f"--only={case}"]
+  call = _start(
+    tmp_path, tmp_path / "cut", *options, "--minutes=0.02", flags=flags
+  )
+  text = _finish(call)
+  assert call.returncode == 0, text
+  assert "not done: kernels; repeat the command" in text
+  first = _start(tmp_path, tmp_path / "first", *options, flags=flags)
+  text = _finish(first)
+  assert first.returncode == 0, text
+  assert "done: " in text and "not done" not in text
+  record = json.loads((tmp_path / "first/kernels.json").read_text())
+  (row,) = record["rows"]
+  assert (row["case"], row["implementation"]) == (case, "xla")
+  assert record["complete"] and row["seconds"] > 0
+  assert f"| {case} | xla |" in (tmp_path / "first/summary.md").read_text()
+  # A fresh machine that is given what came back has nothing left to do.
+  again = tmp_path / "again"
+  shutil.copytree(tmp_path / "first", again / "inputs")
+  second = _start(again, again / "out", *options, flags=flags)
+  assert "not done" not in _finish(second)
+  assert json.loads((again / "out/kernels.json").read_text())["rows"] == [row]
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dflash_jax.config import Config
+from pallas_kernels import ahead
 
 ROOT = pathlib.Path(__file__).parent.parent
 MAX_LINES = 400
@@ -25,6 +26,8 @@ MAY_IMPORT = {
   "train": {"train", "dflash_jax", "pallas_kernels", "eval"},
   "eval": {"eval", "dflash_jax", "pallas_kernels"},
 }
+# What the kernels may import of others'.
+KERNELS_IMPORT = {"jax", "numpy", "absl"}
 # Everything that could be imported by its name from the root.
 OURS = {*MAY_IMPORT, "configs", "tests", "tools"}
 # Programs; everything else takes dataclasses, never flags.
@@ -33,12 +36,14 @@ READ_FLAGS = {
   "dflash_jax/command.py",
   "dflash_jax/decode_flags.py",
   "eval/main.py",
+  "pallas_kernels/bench.py",
+  "pallas_kernels/compile_check.py",
   "train/export.py",
   "train/main.py",
   "train/synthesize.py",
 }
 FLAG_MODULES = ("absl.flags", "absl.app", "ml_collections.config_flags")
-PINNED_EXTRAS = ("demo", "test")
+PINNED_EXTRAS = ("demo", "test", "aot")
 
 
 def _files(*folders: str) -> list[str]:
@@ -96,6 +101,13 @@ def test_imports_run_one_way(file):
   assert ours <= MAY_IMPORT[package], (
     f"{file}: {package} must not import {ours - MAY_IMPORT[package]}"
   )
+
+
+@pytest.mark.parametrize("file", _files("pallas_kernels"))
+def test_kernels_need_jax_only(file):
+  names = {name.split(".")[0] for name in _imports(_parse(file))}
+  foreign = names - OURS - KERNELS_IMPORT - sys.stdlib_module_names
+  assert not foreign, f"{file} imports {foreign}"
 
 
 @pytest.mark.parametrize("file", [*PACKAGE_FILES, *_files("configs", "tests")])
@@ -204,6 +216,35 @@ def test_no_torch_among_the_packages(setup_cfg):
 def test_installs_the_two_libraries_only(setup_cfg):
   found = setup_cfg["options.packages.find"]["include"].split()
   assert found == ["dflash_jax*", "pallas_kernels*"]
+
+
+def test_data_of_packages_is_installed(setup_cfg):
+  patterns = {
+    package: patterns.split()
+    for package, patterns in setup_cfg["options.package_data"].items()
+  }
+  for package in ("dflash_jax", "pallas_kernels"):
+    found = (ROOT / package).rglob("*")
+    data = {f for f in found if f.is_file() and f.suffix not in (".py", ".pyc")}
+    for pattern in patterns.get(package, []):
+      matched = set((ROOT / package).glob(pattern))
+      assert matched, f"{package}: no file is {pattern}"
+      data -= matched
+    assert not data, f"setup.cfg does not install {data}"
+
+
+def test_extra_for_compiling_is_what_compiling_needs(setup_cfg):
+  extra = setup_cfg["options.extras_require"]["aot"].split()
+  assert {Requirement(line).name for line in extra} == set(ahead.PARTS)
+
+
+def test_everything_that_is_proven_runs_in_ci():
+  makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+  ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+  steps = re.findall(r"^make (\S+)$", ci, re.MULTILINE)
+  assert steps == ["lint", "test", "kernels", "aot"]
+  for step in steps:
+    assert re.search(rf"^{step}: .*  ## \S", makefile, re.MULTILINE), step
 
 
 def test_setup_does_not_name_a_registry_or_a_home():

@@ -19,7 +19,13 @@ import tarfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROGRAMS = ("train.synthesize", "train.main", "train.export", "eval.main")
+PROGRAMS = (
+  "train.synthesize",
+  "train.main",
+  "train.export",
+  "eval.main",
+  "pallas_kernels.bench",
+)
 SHOWN = (
   "jax",
   "jaxlib",
@@ -200,6 +206,7 @@ def _summary(options: argparse.Namespace) -> str:
     *_describe_corpus(state),
     *_describe_training(state, training),
     *_describe_evaluations(evaluations),
+    *_describe_kernels(_read_json(state / "records" / "kernels.json")),
     "## Commands",
     f"    {options.command_line}",
     *_describe_files(out),
@@ -283,6 +290,42 @@ def _describe_evaluations(records: list[dict[str, Any]]) -> list[str]:
     "Decoded, tau with bonus token; batch size "
     f"{records[0]['config']['eval']['batch_size']}.",
     "\n".join([head, "|" + "---|" * 9, *rows]),
+  ]
+
+
+def _describe_kernels(record: dict[str, Any]) -> list[str]:
+  if not record:
+    return []
+  machine = record["machine"]
+  aims = [
+    f"* {aim['verdict']}: {aim['cases']}, {aim['implementation']}: "
+    f"{aim['found']}; the aim is "
+    + " and ".join(
+      [f"{aim['share']:.0%} of a copy"] * bool(aim["share"])
+      + [f"{aim['speedup']}x XLA"] * bool(aim["speedup"])
+    )
+    for aim in record["aims"]
+  ]
+  head = "| case | | us | GB/s | of a copy | TFLOP/s | x XLA | |"
+  rows = [
+    f"| {r['case']} | {r['implementation']} | "
+    + (
+      f"{r['seconds'] * 1e6:.1f} | {r['bytes_per_s'] / 1e9:.0f} "
+      f"| {r['share_of_copy']:.0%} | {r['flops_per_s'] / 1e12:.1f} "
+      f"| {r['speedup'] or 0:.2f}"
+      if r["seconds"]
+      else "| | | |"
+    )
+    + f" | {r['problem']} |"
+    for r in record["rows"]
+  ]
+  return [
+    "## Kernels",
+    f"{machine['kind']}; a copy reads and writes "
+    f"{machine['copy_bytes_per_s'] / 1e9:,.0f} GB/s. "
+    + ("All cases." if record["complete"] else "Not all cases yet."),
+    "\n".join(aims) or "No aim was tried.",
+    "\n".join([head, "|" + "---|" * 8, *rows]),
   ]
 
 

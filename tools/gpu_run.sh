@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Check, synthesize, train, evaluate: what a GPU is for, in short calls.
+# Check, synthesize, train, evaluate, time kernels: what a GPU is for, in short
+# calls.
 # docs/gpu.md is the manual.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +14,8 @@ and the next one goes on from there. $OUT (default out/) gets the summary, the
 log, and everything a fresh machine needs to go on.
 
   --minutes N             of this call (9)
-  --stage NAME            check, synthesize, train, evaluate, or all (all)
+  --stage NAME            check, synthesize, train, evaluate, or all (all);
+                          or kernels, which times them and is no part of all
   --synthesize_minutes N  of all calls together (8)
   --train_minutes N       likewise; the length of training follows (10)
   --config FILE           (configs/smollm2_135m_gpu.py)
@@ -23,7 +25,8 @@ log, and everything a fresh machine needs to go on.
   --tests "FILES"         what pytest runs, once a machine; "" for nothing
   --piece_mb N            size of the pieces of large results (15)
   --cpu                   go on without a GPU, to try the script
-  -- --config.train.batch_size=32 ...   passed on to every program
+  -- --config.train.batch_size=32 ...   passed on to every program; with
+                          --stage=kernels to pallas_kernels.bench: -- --only=fp8
 EOF
 }
 
@@ -63,7 +66,7 @@ while [ $# -gt 0 ]; do
       [[ $value =~ ^[0-9]+(\.[0-9]+)?$ ]] || refuse "$option=$value: a number?"
       printf -v "${option#--}" %s "$value" ;;
     --stage)
-      [[ $value =~ ^(check|synthesize|train|evaluate|all)$ ]] \
+      [[ $value =~ ^(check|synthesize|train|evaluate|kernels|all)$ ]] \
         || refuse "--stage=$value is unknown; see --help"
       stage=$value ;;
     --config | --state | --inputs | --tests)
@@ -197,6 +200,9 @@ receive() {
   fi
   restore corpus.tar.xz corpus
   restore drafter.tar.xz drafter
+  if [ ! -e "$state/records/kernels.json" ]; then
+    find "$state/inputs" -name kernels.json -exec cp {} "$state/records/" \;
+  fi
 }
 
 # Unpacks an earlier call's archive, unless this machine has its own by now.
@@ -225,6 +231,7 @@ check() {
     tail -n 1 "$log" >"$state/machine/tests"
     say "tests: $(cat "$state/machine/tests")"
   fi
+  if [ "$stage" = kernels ]; then return; fi
   if [ "${#waiting[@]}" -gt 0 ]; then
     next="carry the rest of ${waiting[*]}"
     exit 0
@@ -337,6 +344,18 @@ evaluate() {
   next=""
 }
 
+# No case starts in the last 90 seconds; one that is still at work when the call
+# ends counts as hanging, and is not tried again.
+kernels() {
+  local result=$state/records/kernels.json minutes
+  next=kernels
+  minutes=$(awk "BEGIN { print ($(left) - 90) / 60 }")
+  say "kernels: no case begins after ${minutes} minutes"
+  limited $(($(left) - 15)) "$PYTHON" -m pallas_kernels.bench --resume \
+    --json_out="$result" --minutes="$minutes" "${passed_on[@]}" || return 0
+  if grep -q '"complete": true' "$result"; then next=""; fi
+}
+
 # --- What goes back -----------------------------------------------------------
 
 # Packs paths of the state, unless the first is older than the archive.
@@ -358,6 +377,9 @@ finish() {
   fi
   if [ -e "$state/drafter/config.json" ]; then
     pack drafter.tar.xz records drafter progress >>"$log" 2>&1
+  fi
+  if [ -e "$state/records/kernels.json" ]; then
+    cp "$state/records/kernels.json" "$out/"
   fi
   for name in corpus.tar.xz drafter.tar.xz; do
     [ -e "$state/pack/$name" ] || continue

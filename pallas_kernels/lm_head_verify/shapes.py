@@ -28,7 +28,7 @@ def _case(model: str, rows: int, *, draws: bool) -> Case:
   operands = [
     array(rows, width, dtype=jnp.bfloat16),
     array(*head, dtype=jnp.bfloat16),
-    array(rows, dtype=jnp.int32),
+    array(rows, dtype=jnp.int32, high=vocabulary - 1),
   ]
   if draws:
     operands += [array(rows, dtype=jnp.uint32), array(rows, dtype=jnp.int32)]
