@@ -53,6 +53,7 @@ kernels: $(READY) $(AOT_READY)  ## run the GPU kernels interpreted, also with pl
 
 aot: $(READY) $(AOT_READY)  ## compile the GPU kernels to machine code; no GPU needed
 	@PYTHONPATH="$(CURDIR)/$(AOT)" $(PY) -m pallas_kernels.compile_check $(ARGS)
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/$(AOT)" $(PY) tools/compile_dispatch.py
 
 lint: $(READY)  ## check style, format and types
 	@$(PY) -m ruff check .

@@ -1,7 +1,7 @@
 """Compiles whole dispatches of speculative decoding for GPUs that are not here.
 
     make aot
-    python tools/compile_dispatch.py --targets=b200,h100 --models=qwen3_8b
+    PYTHONPATH=.:.aot python tools/compile_dispatch.py --models=qwen3_8b
 
 R rounds of draft, verify and commit are one program. For each model and GPU it
 is compiled from abstract weights, and must call the kernels of that GPU, move
@@ -29,6 +29,7 @@ from dflash_jax.proposal import Drafting
 from dflash_jax.sampling import Sampling
 from dflash_jax.target import Target
 from pallas_kernels import ahead
+from pallas_kernels.devices import TARGETS as DESCRIPTIONS
 
 CAPACITY, NEW_TOKENS, ROUNDS = 32768, 2048, 8
 TARGETS = {
@@ -197,7 +198,7 @@ def examine(text: str) -> tuple[dict[str, int], int, list[int], list[str]]:
 
 def memory_of(target: str) -> int:
   """Bytes of device memory, as the description says."""
-  text = (ahead.TARGETS / f"{target}.txtpb").read_text()
+  text = (DESCRIPTIONS / f"{target}.txtpb").read_text()
   found = re.search(r"device_memory_size: (\d+)", text)
   assert found is not None, f"{target}.txtpb does not say device_memory_size"
   return int(found[1])
@@ -234,7 +235,12 @@ def run_target(target: str, models: list[str]) -> list[Dispatch]:
       f"--targets={target}",
       f"--models={','.join(models)}",
     ],
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "PATH": f"{ahead.find_tools()}{os.pathsep}{os.environ['PATH']}",
+      "PYTHONPATH": os.pathsep.join(sys.path),
+    },
     capture_output=True,
     text=True,
     timeout=TIMEOUT,

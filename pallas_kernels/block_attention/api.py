@@ -27,6 +27,7 @@ from pallas_kernels.block_attention.splits import WORD, Work
 
 NAME = "block_attention"
 COPIED_ROWS = 8  # what a copy engine takes at a time
+Pair = tuple[jax.Array, jax.Array]  # keys and values
 KERNELS = {"sm90": kernel_sm90.attend, "sm100": kernel_sm100.attend}
 
 
@@ -117,19 +118,20 @@ def run_kernel(
     interpret=interpret,
   )
   block = Block(
-    keys_values=tuple(_by_head(x) for x in (key, value)),
+    keys_values=(_by_head(key), _by_head(value)),
     num_keys=P,
     bits=partials.by_row(partials.mask_bits(P, ancestors, window), N // G),
   )
   past = _by_head(past_key), _by_head(past_value)
   parts = [attend(rows, past, length, oldest, block)]
   if prefix is not None:
-    *shared, prefix_length = prefix
+    prefix_key, prefix_value, prefix_length = prefix
     prefix_length = jnp.reshape(prefix_length, (1,))
     if oldest is not None:
       oldest = (prefix_length + oldest).reshape(1, -1)
     folded = partials.fold_batch(rows, B)
-    part = attend(folded, tuple(shared), prefix_length, oldest, None)
+    shared = prefix_key, prefix_value
+    part = attend(folded, shared, prefix_length, oldest, None)
     parts.insert(0, partials.unfold_batch(part, B))
   return partials.unpack(partials.merge(parts), B, P)
 
@@ -138,12 +140,12 @@ class Block(NamedTuple):
   """New tokens.
 
   Attributes:
-    keys_values: two arrays f[X, P, H].
+    keys_values: f[X, P, H] each.
     num_keys: P.
     bits: i32[B or 1, W, R], which keys each row sees.
   """
 
-  keys_values: tuple[jax.Array, ...]
+  keys_values: Pair
   num_keys: int
   bits: jax.Array
 
@@ -151,7 +153,7 @@ class Block(NamedTuple):
 def _attend(
   architecture: str,
   rows: jax.Array,
-  past: tuple[jax.Array, ...],
+  past: Pair,
   length: jax.Array,
   oldest: jax.Array | None,
   block: Block | None,
@@ -188,12 +190,13 @@ def _attend(
   bits = _pad(bits, 1, max(num_words, 1))
   bits = jnp.broadcast_to(bits, (sequences, *bits.shape[1:]))
   padded = work.row_tiles * config.rows
-  new = block.keys_values if block else past
+  key, value = block.keys_values if block else past
+  new_keys = _whole(key.shape[1], COPIED_ROWS)
   out, total = KERNELS[architecture](
     work,
     _pad(rows, 1, work.num_rows),
     past,
-    tuple(_pad(x, 1, _whole(x.shape[1], COPIED_ROWS)) for x in new),
+    (_pad(key, 1, new_keys), _pad(value, 1, new_keys)),
     jnp.stack([lowest, length], axis=-1).astype(jnp.int32),
     (_pad(bits, 2, padded), _pad(oldest.astype(jnp.int32), 1, padded)),
     interpret,
