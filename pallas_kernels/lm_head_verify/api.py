@@ -146,6 +146,10 @@ def _kernel_limit(hidden: jax.Array, head: jax.Array) -> str | None:
   """Why kernels cannot take these arguments, if so."""
   if head.dtype != jnp.bfloat16:
     return f"kernels take a bfloat16 head, not {head.dtype}"
-  if head.shape[1] % 8 or hidden.shape[1] % 8:
-    return f"kernels need rows of whole 16 bytes, not head {head.shape}"
+  width = hidden.shape[1]
+  if head.shape[0] % 8 or head.shape[1] % 64 or width % 64:
+    return (
+      f"kernels copy tiles of 8 x 64, of which width {width} and head "
+      f"{head.shape} are no multiples"
+    )
   return None

@@ -15,7 +15,7 @@ class Config:
   Attributes:
     rows: of hidden states per tile, padded.
     swapped: the vocabulary is the long side of the MMA and rows the short one,
-      so that few rows are padded to 8 and not to 64 or 128.
+      so that few rows are padded to 8 or 16 and not to 64 or 128.
     tile_vocab, tile_width: of the head, per pipeline stage.
     stages: of the pipeline from global to shared memory.
     chunk: columns of the result that Blackwell's epilogue loads at once.
@@ -33,7 +33,9 @@ def choose_config(architecture: str, num_rows: int) -> Config:
   """The configuration for num_rows rows of hidden states."""
   swapped = num_rows <= SWAPPED_ROWS
   if swapped:
-    rows = -(-num_rows // 8) * 8
+    # Of a tcgen05 MMA with 128 long rows, the short side comes in sixteens.
+    multiple = 8 if architecture == "sm90" else 16
+    rows = -(-num_rows // multiple) * multiple
   elif architecture == "sm90" and num_rows <= 64:
     rows = 64
   else:

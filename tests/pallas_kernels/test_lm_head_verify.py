@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lm_head_verify import Draws, lm_head_verify
+from pallas_kernels.lm_head_verify import Draws, api, lm_head_verify
 from tests.pallas_kernels.interpreter import SOUND, Job, Mutant, run
 
 CHECK = "tests.pallas_kernels.checks:lm_head_verify"
@@ -398,6 +398,21 @@ def test_impossible_draws_are_a_value_error(changes, message):
   )
   with pytest.raises(ValueError, match=message):
     lm_head_verify(hidden, head, tokens, Draws(**fields | changes))
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype", "message"),
+  [
+    ((1024, 128), jnp.float32, "a bfloat16 head"),
+    ((1027, 128), jnp.bfloat16, "tiles of 8 x 64"),
+    ((1024, 96), jnp.bfloat16, "tiles of 8 x 64"),
+    ((1024, 128), jnp.bfloat16, None),
+  ],
+)
+def test_what_kernels_cannot_take_is_said(shape, dtype, message):
+  hidden, head = jnp.ones((3, shape[1])), jnp.ones(shape, dtype)
+  limit = api._kernel_limit(hidden, head)
+  assert limit is None if message is None else message in limit
 
 
 @pytest.mark.parametrize("architecture", KERNELS)

@@ -1,0 +1,162 @@
+"""block_attention: interpreted kernels against the reference in float32.
+
+With a scale of ln 2 the weights of whole scores are powers of 2, and sums of
+them exact: what is right is right to the last bits. Queries are sparse, so that
+no key outweighs the others and every one counts.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from tests.pallas_kernels import wgmma_races
+from tests.pallas_kernels.checks import INTERPRETED, whole_numbers
+
+SCALE = math.log(2)
+TILE = 64  # slots
+
+
+def block_attention(
+  architecture: str,
+  tokens: int,
+  slots: int,
+  lengths: list[int],
+  *,
+  heads: int = 1,
+  kv_heads: int = 1,
+  head_width: int = 64,
+  tree: bool = False,
+  window: int | None = None,
+  prefix: tuple[int, int] | None = None,
+  split_tiles: int = 2,
+  stages: int = 2,
+  rising: bool = False,
+  default: bool = False,
+) -> None:
+  """Compares; what no row sees and no tile needs is NaN for the kernel.
+
+  Args:
+    architecture: of the kernel.
+    tokens, slots, lengths: P, S, and of each sequence.
+    heads, kv_heads, head_width: N, G, H.
+    tree: a random one, or a chain.
+    window, prefix: of the operation; slots and length of a prefix.
+    split_tiles, stages: of the configuration.
+    rising: later keys outweigh earlier ones by far.
+    default: the default configuration, not small tiles and splits.
+  """
+  from pallas_kernels.block_attention import api, reference
+  from pallas_kernels.block_attention.config import Config
+
+  wgmma_races.watch()
+  rng = np.random.default_rng(tokens + slots)
+  B, G, H = len(lengths), kv_heads, head_width
+  query = whole_numbers(rng, B, tokens, heads, H, largest=1)
+  query = query * (rng.random(query.shape) < 10 / H)
+  key, value = (whole_numbers(rng, B, G, tokens, H) for _ in range(2))
+  past = [whole_numbers(rng, B, G, slots, H) for _ in range(2)]
+  if rising:
+    past[0] = past[0] * (1 + jnp.arange(slots) // TILE)[:, None]
+    past[0] = past[0].astype(jnp.bfloat16)
+  common, begun = None, 0
+  if prefix is not None:
+    begun = prefix[1]
+    shared = [whole_numbers(rng, G, prefix[0], H) for _ in range(2)]
+    common = (*shared, jnp.int32(begun))
+  keywords = dict(prefix=common, window=window, scale=SCALE)
+  more = (
+    jnp.array(lengths, jnp.int32),
+    random_ancestors(rng, B, tokens) if tree else None,
+  )
+  floats = [x.astype(jnp.float32) for x in (query, key, value, *past)]
+  if common is not None:
+    keywords["prefix"] = (
+      *(x.astype(jnp.float32) for x in common[:2]),
+      common[2],
+    )
+  want = reference.block_attention(*floats, *more, **keywords)
+
+  oldest = [n + 1 - window if window else 0 for n in lengths]
+  past = [unread_is_nan(x, oldest, lengths) for x in past]
+  if common is not None:
+    first = [min(oldest) + begun if window else 0] * G
+    shared = [unread_is_nan(x[:, None], first, [begun] * G) for x in shared]
+    common = (*(x[:, 0] for x in shared), common[2])
+  keywords["prefix"] = common
+  rows = 64 if architecture == "sm90" and tokens * heads // G <= 64 else 128
+  got = api.run_kernel(
+    architecture,
+    query,
+    key,
+    value,
+    *past,
+    *more,
+    **keywords,
+    config=None if default else Config(rows, TILE, split_tiles * TILE, stages),
+    interpret=INTERPRETED,
+  )
+  np.testing.assert_allclose(got, want, 3e-6, 3e-6)
+
+
+def random_ancestors(rng, batch: int, tokens: int):
+  """u32[B, P, W] of trees in which any node may follow any before it."""
+  from dflash_jax import tree
+
+  parents = rng.integers(0, np.arange(1, tokens), (batch, tokens - 1))
+  parents = jnp.array(parents, jnp.int32)
+  return tree.ancestors(tree.Tree(parents, parents, parents))
+
+
+def unread_is_nan(keys, oldest: list[int], lengths: list[int]):
+  """Keys [B, G, S, H], NaN in each tile of which no row sees a slot."""
+  tiles = np.arange(keys.shape[2]) // TILE
+  needed = [
+    (tiles >= max(first, 0) // TILE) & (tiles * TILE < length)
+    for first, length in zip(oldest, lengths, strict=True)
+  ]
+  return jnp.where(np.array(needed)[:, None, :, None], keys, jnp.nan)
+
+
+def rows_are_exact(architecture: str) -> None:
+  """A row gets the same bits alone, among others, and in any batch."""
+  from pallas_kernels.block_attention import api
+  from pallas_kernels.block_attention.config import Config
+
+  wgmma_races.watch()
+  rng = np.random.default_rng(0)
+  heads, slots, H = 15, 200, 64
+
+  def normal(*shape):
+    return jnp.array(rng.normal(size=shape), jnp.bfloat16)
+
+  query, key = normal(3, 5, heads, H), normal(3, 1, 5, H)
+  value, *past = (
+    normal(3, 1, 5, H),
+    normal(3, 1, slots, H),
+    normal(3, 1, slots, H),
+  )
+  lengths = jnp.array([150, 3, 200], jnp.int32)
+
+  def attend(sequences: slice, tokens: int):
+    rows = 64 if architecture == "sm90" and tokens * heads <= 64 else 128
+    new = [x[sequences, :, :tokens] for x in (key, value)]
+    return api.run_kernel(
+      architecture,
+      query[sequences, :tokens],
+      *new,
+      *(x[sequences] for x in past),
+      lengths[sequences],
+      None,
+      prefix=None,
+      window=None,
+      scale=None,
+      config=Config(rows, TILE, 2 * TILE, 2),
+      interpret=INTERPRETED,
+    )
+
+  whole = np.asarray(attend(slice(None), 5))
+  assert np.isfinite(whole).all()
+  np.testing.assert_array_equal(attend(slice(0, 1), 5), whole[:1])
+  np.testing.assert_array_equal(attend(slice(0, 3), 1), whole[:, :1])
+  np.testing.assert_array_equal(attend(slice(2, 3), 2), whole[2:, :2])

@@ -1,0 +1,199 @@
+"""block_attention: the reference against numpy, and what is refused."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_attention import block_attention
+from tests.pallas_kernels.checks_block_attention import random_ancestors
+
+
+def operands(batch=2, tokens=5, heads=6, kv_heads=2, slots=13, width=8):
+  """Queries, new keys and values, past ones, float32; and lengths."""
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+  new = [normal(batch, kv_heads, tokens, width) for _ in range(2)]
+  past = [normal(batch, kv_heads, slots, width) for _ in range(2)]
+  lengths = np.array([slots - 2, 0], np.int32)[:batch]
+  return [normal(batch, tokens, heads, width), *new, *past, lengths]
+
+
+def by_hand(
+  query,
+  key,
+  value,
+  past_key,
+  past_value,
+  length,
+  *,
+  seen=None,
+  prefix=None,
+  window=None,
+  scale=None,
+):
+  """One row at a time, in float64; seen bool[B, P, P] for a tree."""
+  B, P, N, H = query.shape
+  out = np.zeros(query.shape)
+  for b, i, n in np.ndindex(B, P, N):
+    g = n // (N // key.shape[1])
+    parts = [(past_key[b, g, : length[b]], past_value[b, g, : length[b]])]
+    if prefix is not None:
+      count = int(prefix[2])
+      parts.insert(0, (prefix[0][g, :count], prefix[1][g, :count]))
+    own = np.arange(i + 1) if seen is None else np.flatnonzero(seen[b, i])
+    parts.append((key[b, g, own], value[b, g, own]))
+    keys, values = (
+      np.concatenate(arrays).astype(np.float64)
+      for arrays in zip(*parts, strict=True)
+    )
+    if window is not None:
+      keys, values = keys[-window:], values[-window:]
+    scores = keys @ query[b, i, n].astype(np.float64)
+    weights = np.exp(scores * (scale or H**-0.5))
+    out[b, i, n] = weights @ values / weights.sum()
+  return out
+
+
+def shared_prefix(slots=9, length=7, kv_heads=2, width=8):
+  rng = np.random.default_rng(1)
+  shape = kv_heads, slots, width
+  keys, values = rng.normal(size=(2, *shape)).astype(np.float32)
+  return keys, values, np.int32(length)
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 40])
+@pytest.mark.parametrize("length", [None, 0, 7])
+def test_the_reference_is_the_definition(length, window, scale):
+  arrays = operands()
+  prefix = None if length is None else shared_prefix(length=length)
+  keywords = dict(prefix=prefix, window=window, scale=scale)
+  found = block_attention(*arrays, **keywords)
+  want = by_hand(*arrays, **keywords)
+  np.testing.assert_allclose(found, want, 1e-5, 1e-5)
+
+
+def unpacked(ancestors):
+  words = np.asarray(ancestors)[..., None] >> np.arange(32, dtype=np.uint32)
+  bits = (words & 1).astype(bool).reshape(*words.shape[:2], -1)
+  return bits[..., : words.shape[1]]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 32, 37])
+def test_a_tree_sees_its_ancestors(tokens):
+  arrays = operands(tokens=tokens)
+  ancestors = random_ancestors(np.random.default_rng(0), 2, tokens)
+  found = block_attention(*arrays, ancestors, prefix=shared_prefix())
+  want = by_hand(*arrays, seen=unpacked(ancestors), prefix=shared_prefix())
+  np.testing.assert_allclose(found, want, 1e-5, 1e-5)
+
+
+def test_a_node_gets_what_the_last_token_of_its_path_gets():
+  query, key, value, *past = operands(tokens=9)
+  ancestors = random_ancestors(np.random.default_rng(3), 2, 9)
+  found = block_attention(query, key, value, *past, ancestors)
+  for node in range(9):
+    for row in range(2):
+      path = np.flatnonzero(unpacked(ancestors)[row, node])
+      own = slice(row, row + 1)
+      chain = block_attention(
+        query[own, path],
+        key[own][:, :, path],
+        value[own][:, :, path],
+        *(x[own] for x in past),
+      )
+      np.testing.assert_allclose(chain[0, -1], found[row, node], 1e-5, 1e-5)
+
+
+def test_bits_past_the_last_token_mean_nothing():
+  arrays = operands(tokens=3)
+  ancestors = np.array([[[1], [3], [7]]] * 2, np.uint32)
+  found = block_attention(*arrays, ancestors | np.uint32(0xFFFFFFF8))
+  np.testing.assert_array_equal(found, block_attention(*arrays, ancestors))
+
+
+# --- What is refused, and where it runs ---------------------------------------
+
+
+def given(**changed):
+  names = "query", "key", "value", "past_key", "past_value", "length"
+  return dict(zip(names, operands(), strict=True)) | changed
+
+
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    (dict(query=np.zeros((2, 5, 8), np.float32)), r"must be \[B, P, N, H\]"),
+    (dict(query=np.zeros((2, 0, 6, 8), np.float32)), r"must be \[B, P, N, H\]"),
+    (dict(query=np.zeros((2, 5, 7, 8), np.float32)), "7 query heads are not"),
+    (dict(query=np.zeros((2, 4, 6, 8), np.float32)), "key has shape"),
+    (dict(value=np.zeros((2, 2, 4, 8), np.float32)), "value has shape"),
+    (dict(past_value=np.zeros((2, 2, 12, 8), np.float32)), "past_value has"),
+    (dict(length=np.zeros(3, np.int32)), "length has shape"),
+    (dict(length=np.zeros(2, np.float32)), "length is float32"),
+    (dict(query=np.zeros((2, 5, 6, 8), np.int32)), "query is int32"),
+    (dict(key=np.zeros((2, 2, 5, 8), jnp.bfloat16)), "but key is bfloat16"),
+    (dict(ancestors=np.zeros((2, 5, 2), np.uint32)), "ancestors has shape"),
+    (dict(ancestors=np.zeros((2, 5, 1), np.int32)), "ancestors is int32"),
+    (dict(ancestors=np.zeros((2, 5, 1), np.uint32), window=3), "for chains"),
+    (dict(window=0), "window=0"),
+    (dict(scale=0.0), "scale=0.0"),
+    (dict(prefix=shared_prefix(kv_heads=1)), "prefix key has shape"),
+    (dict(prefix=(*shared_prefix()[:2], np.zeros(2, np.int32))), "length has"),
+    (dict(prefix=(*shared_prefix()[:2], 1.0)), "prefix length is float"),
+    (dict(implementation="fast"), "'fast' is unknown"),
+  ],
+)
+def test_what_nobody_could_compute_is_refused(changed, message):
+  with pytest.raises(ValueError, match=message):
+    block_attention(**given(**changed))
+
+
+def on_hopper(monkeypatch):
+  from pallas_kernels import dispatch
+  from pallas_kernels.devices import Device
+
+  device = Device(kind="H100", architecture="sm90", num_cores=132)
+  monkeypatch.setattr(dispatch.Device, "current", lambda: device)
+
+
+def halves(**sizes):
+  *arrays, length = operands(**sizes)
+  arrays = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+  return [*arrays, length]
+
+
+@pytest.mark.parametrize(
+  "arrays, keywords, message",
+  [
+    (operands(), {}, "bfloat16 keys and values, not float32"),
+    (halves(width=80, slots=16), {}, "width"),
+    (halves(width=64, slots=16, tokens=257), {}, "up to 256"),
+    (halves(width=64, slots=13), {}, "not past_key"),
+  ],
+)
+def test_what_kernels_cannot_take_runs_in_xla(
+  arrays, keywords, message, monkeypatch
+):
+  on_hopper(monkeypatch)
+  with pytest.raises(NotImplementedError, match=message):
+    block_attention(*arrays, **keywords, implementation="sm90")
+  plain = block_attention(*arrays, **keywords, implementation="xla")
+  np.testing.assert_array_equal(block_attention(*arrays, **keywords), plain)
+
+
+def test_a_prefix_that_kernels_cannot_take_is_named(monkeypatch):
+  on_hopper(monkeypatch)
+  prefix = [jnp.asarray(x, jnp.bfloat16) for x in shared_prefix(width=64)[:2]]
+  with pytest.raises(NotImplementedError, match="not prefix key"):
+    block_attention(
+      *halves(width=64, slots=16), prefix=(*prefix, 7), implementation="sm90"
+    )
+
+
+def test_a_kernel_is_not_run_on_another_device():
+  with pytest.raises(NotImplementedError, match="cannot run on"):
+    block_attention(**given(implementation="sm100"))
