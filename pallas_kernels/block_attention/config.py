@@ -46,8 +46,8 @@ def choose_config(architecture: str, num_rows: int, head_width: int) -> Config:
   )
 
 
-# Of one CTA; measured by `make aot`, with a little room. What Blackwell may take
-# lets two CTAs share a core.
+# Of one CTA; measured by `make aot`, with a little room. Blackwell's lets two
+# CTAs share a core.
 BUDGETS = {
   "sm90": Budget("HGMMA", registers=200, shared_bytes=212 * 1024),
   "sm100": Budget(
