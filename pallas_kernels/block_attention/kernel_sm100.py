@@ -15,12 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_attention.splits import (
+  FLOOR,
   GRID,
   LOWEST,
   WORD,
   Work,
   fill,
   hide,
+  logarithm,
   spread,
 )
 from pallas_kernels.memory import swizzled
@@ -238,7 +240,7 @@ def attend(
 
     @pl.when((lax.axis_index("group") == FOLD) & (span.num_tiles > 0))
     def _fold():
-      carry = fill(rows, LOWEST, BY_ROW), fill(rows, 0, BY_ROW)
+      carry = fill(rows, FLOOR, BY_ROW), fill(rows, 0, BY_ROW)
       for first, last, masked in (
         (0, span.num_full, False),
         (span.num_full, span.num_tiles, True),
@@ -246,7 +248,7 @@ def attend(
         step = functools.partial(visit, masked=masked)
         carry = lax.fori_loop(first, last, step, carry)
       top, total = carry
-      totals[split, head, mine] = top + jnp.log2(total)
+      totals[split, head, mine] = logarithm(top, total)
       plgpu.barrier_wait(summed)
 
       def store(index, _):

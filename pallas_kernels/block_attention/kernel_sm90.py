@@ -15,12 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_attention.config import GROUP_ROWS
 from pallas_kernels.block_attention.splits import (
+  FLOOR,
   GRID,
   LOWEST,
   WORD,
   Work,
   fill,
   hide,
+  logarithm,
   spread,
 )
 from pallas_kernels.memory import swizzled
@@ -164,7 +166,7 @@ def attend(
       plgpu.barrier_wait(query_loaded.at[group])
       carry = (
         plgpu.layout_cast(jnp.zeros((GROUP_ROWS, H), jnp.float32), LAYOUT),
-        fill(GROUP_ROWS, LOWEST, BY_ROW),
+        fill(GROUP_ROWS, FLOOR, BY_ROW),
         fill(GROUP_ROWS, 0, BY_ROW),
       )
       for first, last, masked in (
@@ -174,7 +176,7 @@ def attend(
         step = functools.partial(visit, masked=masked)
         carry = lax.fori_loop(first, last, step, carry)
       attended, top, total = carry
-      totals[split, head, mine] = top + jnp.log2(total)
+      totals[split, head, mine] = logarithm(top, total)
       attended = attended / spread(total, attended.shape)
       for column in range(0, H, STORED_COLUMNS):
         columns = slice(column, column + STORED_COLUMNS)

@@ -16,9 +16,9 @@ class Partial(NamedTuple):
   """Attention over some of the keys, with more of it along the first axis.
 
   Attributes:
-    out: f32[C, ..., H]; undefined where there was no key at all.
+    out: f32[C, ..., H]; undefined where a row saw no key at all.
     total: f32[C, ...], the logarithm to base 2 of the softmax's total; LOWEST
-      where there was no key at all.
+      where a row saw no key at all.
   """
 
   out: jax.Array

@@ -21,6 +21,9 @@ from pallas_kernels.block_attention.config import Config
 
 WORD = 32  # keys of a word of a mask
 LOWEST = np.float32(-1e30)  # below every score, yet finite: it can be scaled
+# Below every scaled score, and far above LOWEST scaled: where a row sees no key
+# of a tile, weights are 0. LOWEST less a LOWEST that was rounded may be huge.
+FLOOR = np.float32(-1e20)
 GRID = ("split", "head", "rows")
 
 
@@ -187,3 +190,8 @@ def spread(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def fill(rows: int, value, layout) -> jax.Array:
   """f32[rows] of one value, in registers."""
   return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), layout)
+
+
+def logarithm(top: jax.Array, total: jax.Array) -> jax.Array:
+  """log2(total * 2**top) of each row; LOWEST where it saw no key."""
+  return jnp.where(total > 0, top + jnp.log2(total), LOWEST)

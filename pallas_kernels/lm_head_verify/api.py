@@ -86,7 +86,7 @@ def run_kernel(
 ) -> RowStats:
   """Pads rows, runs a kernel, and merges what its CTAs found."""
   M = hidden.shape[0]
-  config = config or choose_config(architecture, M)
+  config = config or choose_config(architecture, M, draws=draws is not None)
   missing = -M % config.rows
   work = tiles.Work.cut(
     M + missing,

@@ -29,8 +29,10 @@ class Config:
   chunk: int
 
 
-def choose_config(architecture: str, num_rows: int) -> Config:
-  """The configuration for num_rows rows of hidden states."""
+def choose_config(
+  architecture: str, num_rows: int, *, draws: bool = False
+) -> Config:
+  """The configuration for num_rows rows of hidden states, with draws or not."""
   swapped = num_rows <= SWAPPED_ROWS
   if swapped:
     # Of a tcgen05 MMA with 128 long rows, the short side comes in sixteens.
@@ -42,10 +44,13 @@ def choose_config(architecture: str, num_rows: int) -> Config:
     rows = MAX_ROWS
   blackwell = architecture == "sm100"
   wide = blackwell and not swapped
+  # Three warpgroups have 168 registers a thread. Drawing takes so many of them
+  # that only half of the usual logits find room.
+  crowded = draws and not blackwell and rows == MAX_ROWS
   return Config(
     rows=rows,
     swapped=swapped,
-    tile_vocab=256 if wide else 128,
+    tile_vocab=256 if wide else 64 if crowded else 128,
     tile_width=64,
     stages=4 if wide else 6,
     chunk=32,
