@@ -30,7 +30,7 @@ def choose(
     fits = device.architecture is not None and limit is None
     chosen = device.architecture if fits else "xla"
     assert chosen is not None
-    _log_once(operation, chosen, device.kind, limit or "no kernel for it")
+    _log_once(operation, chosen, device, limit or "no kernel for it")
     return chosen, device
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -54,8 +54,10 @@ def choose(
 
 
 @functools.cache
-def _log_once(operation: str, chosen: str, kind: str, reason: str) -> None:
+def _log_once(operation: str, chosen: str, device: Device, reason: str) -> None:
+  # Where no kernel could run there was nothing to choose.
+  level = logging.INFO if device.architecture else logging.DEBUG
   why = f" ({reason})" if chosen == "xla" else ""
-  logging.getLogger(__name__).info(
-    "%s on %s: %s%s", operation, kind, chosen, why
+  logging.getLogger(__name__).log(
+    level, "%s on %s: %s%s", operation, device.kind, chosen, why
   )

@@ -32,6 +32,7 @@ def block_attention(
   split_tiles: int = 2,
   stages: int = 2,
   rising: bool = False,
+  steep: bool = False,
   default: bool = False,
 ) -> None:
   """Compares; what no row sees and no tile needs is NaN for the kernel.
@@ -44,6 +45,7 @@ def block_attention(
     window, prefix: of the operation; slots and length of a prefix.
     split_tiles, stages: of the configuration.
     rising: later keys outweigh earlier ones by far.
+    steep: scores are multiples of 4, and scaled by a number that rounds.
     default: the default configuration, not small tiles and splits.
   """
   from pallas_kernels.block_attention import api, reference
@@ -53,7 +55,7 @@ def block_attention(
   rng = np.random.default_rng(tokens + slots)
   B, G, H = len(lengths), kv_heads, head_width
   query = whole_numbers(rng, B, tokens, heads, H, largest=1)
-  query = query * (rng.random(query.shape) < 10 / H)
+  query = query * (rng.random(query.shape) < (2 if steep else 10) / H)
   key, value = (whole_numbers(rng, B, G, tokens, H) for _ in range(2))
   past = [whole_numbers(rng, B, G, slots, H) for _ in range(2)]
   if rising:
@@ -64,7 +66,10 @@ def block_attention(
     begun = prefix[1]
     shared = [whole_numbers(rng, G, prefix[0], H) for _ in range(2)]
     common = (*shared, jnp.int32(begun))
-  keywords = dict(prefix=common, window=window, scale=SCALE)
+  if steep:
+    key, past[0] = key * 4, past[0] * 4
+  scale = SCALE * 3 / 4 if steep else SCALE
+  keywords = dict(prefix=common, window=window, scale=scale)
   more = (
     jnp.array(lengths, jnp.int32),
     random_ancestors(rng, B, tokens) if tree else None,
@@ -118,33 +123,46 @@ def unread_is_nan(keys, oldest: list[int], lengths: list[int]):
   return jnp.where(np.array(needed)[:, None, :, None], keys, jnp.nan)
 
 
+class _RowsByThemselves:
+  """Stands for numpy in the interpreter.
+
+  numpy's product of matrices rounds a row by its place among the others, which
+  tensor cores do not. Products of bfloat16, summed in float64, hardly round.
+  """
+
+  def __getattr__(self, name):
+    return getattr(np, name)
+
+  def matmul(self, left, right, dtype):
+    return np.matmul(left, right, dtype=np.float64).astype(dtype)
+
+
 def rows_are_exact(architecture: str) -> None:
   """A row gets the same bits alone, among others, and in any batch."""
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
   from pallas_kernels.block_attention import api
   from pallas_kernels.block_attention.config import Config
 
   wgmma_races.watch()
+  gpu_callbacks.np = _RowsByThemselves()
   rng = np.random.default_rng(0)
   heads, slots, H = 15, 200, 64
 
   def normal(*shape):
     return jnp.array(rng.normal(size=shape), jnp.bfloat16)
 
-  query, key = normal(3, 5, heads, H), normal(3, 1, 5, H)
-  value, *past = (
-    normal(3, 1, 5, H),
-    normal(3, 1, slots, H),
-    normal(3, 1, slots, H),
-  )
+  query = normal(3, 5, heads, H)
+  key, value = normal(3, 1, 5, H), normal(3, 1, 5, H)
+  past = normal(3, 1, slots, H), normal(3, 1, slots, H)
   lengths = jnp.array([150, 3, 200], jnp.int32)
 
   def attend(sequences: slice, tokens: int):
     rows = 64 if architecture == "sm90" and tokens * heads <= 64 else 128
-    new = [x[sequences, :, :tokens] for x in (key, value)]
     return api.run_kernel(
       architecture,
       query[sequences, :tokens],
-      *new,
+      *(x[sequences, :, :tokens] for x in (key, value)),
       *(x[sequences] for x in past),
       lengths[sequences],
       None,

@@ -69,7 +69,7 @@ def test_unknown_everywhere(on, device, name):
 
 
 def test_what_was_chosen_is_said_once(on, caplog):
-  caplog.set_level(logging.INFO, dispatch.__name__)
+  caplog.set_level(logging.DEBUG, dispatch.__name__)
   for device, limit in [(HOPPER, None), (HOPPER, "too wide"), (CPU, None)]:
     on(device)
     dispatch.choose("op", None, limit)
@@ -79,6 +79,8 @@ def test_what_was_chosen_is_said_once(on, caplog):
     "op on NVIDIA H100 80GB HBM3: xla (too wide)",
     "op on cpu: xla (no kernel for it)",
   ]
+  levels = [record.levelno for record in caplog.records]
+  assert levels == [logging.INFO, logging.INFO, logging.DEBUG]
 
 
 def test_what_was_asked_for_is_not_said(on, caplog):
