@@ -78,6 +78,7 @@ class FakeModel:
   params: ModelParams
   config: Config = dataclasses.field(default_factory=Config)
   tokenizer: None = None
+  beliefs: dict = dataclasses.field(default_factory=dict)
 
 
 def test_an_exported_drafter_decodes_as_the_one_in_memory(
