@@ -14,10 +14,10 @@ it emits, so no later round may meet the same noise again.
 import enum
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.noise import bits_of
+from pallas_kernels.noise import race_times, uniform
+
+__all__ = ["Stream", "at_depth", "race_times", "uniform"]
 
 
 class Stream(enum.IntEnum):
@@ -30,29 +30,6 @@ class Stream(enum.IntEnum):
   BONUS = 4
 
 
-def uniform(
-  stream: Stream | jax.Array, seeds: jax.Array, moments: jax.Array, count: int
-) -> jax.Array:
-  """f32[..., count] in (0, 1], one row per address.
-
-  Args:
-    stream: of the draws; an array i32[...] where it differs by row.
-    seeds: u32[...], one per request.
-    moments: i32[...], broadcasting with seeds.
-    count: draws per row.
-  """
-  bits = bits_of(stream, seeds, moments, count)
-  return (bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
-
-
-def race_times(
-  stream: Stream | jax.Array, seeds: jax.Array, moments: jax.Array, count: int
-) -> jax.Array:
-  """f32[..., count] > 0, exponential with mean 1: how late a token arrives.
-
-  argmax(w / times) is a draw from w / sum(w) (the exponential race; the
-  Gumbel-max trick is its logarithm). 32-bit uniforms near 0 keep their relative
-  precision, so that early arrivals, which decide races, are finely graded.
-  Arguments as in `uniform`.
-  """
-  return -jnp.log1p(-uniform(stream, seeds, moments, count))
+def at_depth(stream: Stream, depths: jax.Array) -> jax.Array:
+  """i32[...], a stream of its own for each depth of a block, from 1."""
+  return stream + len(Stream) * (depths - 1)

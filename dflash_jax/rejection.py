@@ -1,8 +1,10 @@
 """Rejection rules for drawn drafts: how likely each is kept, what replaces it.
 
-Every rule is two pure steps, so that its law can be enumerated: odds of
-acceptance, and the residual law that a rejection draws from. p_i and q_i are
-the target's and the drafter's laws at depth i; x_i the draft.
+For drafters with a trimmed head, and for trees; chains of drafters that know
+every token take block_verify. Every rule is two pure steps, so that its law can
+be enumerated: odds of acceptance, and the residual law that a rejection draws
+from. p_i and q_i are the target's and the drafter's laws at depth i; x_i the
+draft.
 """
 
 import functools
@@ -13,6 +15,7 @@ import numpy as np
 
 from dflash_jax.proposal import Law
 from dflash_jax.tree import Tree
+from pallas_kernels.block_verify import rule
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -46,21 +49,14 @@ def block_odds(
   Returns:
     h f32[B, P], and P_0..P_P f32[B, P + 1].
   """
-  ratios = _ratios(probs, tokens, law)
-  B, P = ratios.shape
-
-  def extend(weight, ratio):
-    weight = jnp.minimum(weight * ratio, 1.0)
-    return weight, weight
-
-  one = jnp.ones((B,), jnp.float32)
-  _, weights = jax.lax.scan(extend, one, ratios.T)
-  weights = jnp.concatenate([one[:, None], weights.T], axis=1)
-  excess = _excess_mass(probs[:, 1:P], weights[:, 1:P], law, slice(1, P))
-  kept = weights[:, 1:P]
-  total = excess + 1.0 - kept
-  inner = jnp.where(total > 0, excess / jnp.where(total > 0, total, 1.0), 1.0)
-  return jnp.concatenate([inner, weights[:, P:]], axis=1), weights
+  P = tokens.shape[1]
+  weights = rule.block_weights(_ratios(probs, tokens, law))
+  inner = weights[:, : P - 1]
+  excess = _excess_mass(probs[:, 1:P], inner, law, slice(1, P))
+  odds = jnp.concatenate(
+    [rule.block_odds(excess, inner), weights[:, P - 1 :]], axis=1
+  )
+  return odds, jnp.pad(weights, ((0, 0), (1, 0)), constant_values=1.0)
 
 
 def residual(
@@ -186,8 +182,6 @@ def _excess_mass(
   scaled = probs * scale[..., None]
   columns = _columns(scaled, law.ids)
   inside = jnp.maximum(columns - law.probs[:, depths], 0.0).sum(axis=-1)
-  if law.ids is None:
-    return inside
   return inside + scaled.sum(axis=-1) - columns.sum(axis=-1)
 
 

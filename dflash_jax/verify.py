@@ -24,6 +24,8 @@ from dflash_jax.noise import Stream
 from dflash_jax.prediction import Prediction
 from dflash_jax.proposal import Drafting, Law, Moment, Proposal
 from dflash_jax.sampling import Sampling, argmax, weigh
+from pallas_kernels.block_verify import Streams, block_verify
+from pallas_kernels.block_verify.rule import count_leading, find_last
 
 RULES = ("greedy", "coupled", "token", "block", "typical")
 # What a reader may expect of the output, against plain decoding.
@@ -32,6 +34,7 @@ GUARANTEES = {
   "law": "the law of plain decoding, other tokens",
   "none": "LOSSY: neither the tokens nor the law of plain decoding",
 }
+STREAMS = Streams(Stream.ACCEPT, Stream.RECOVERY, Stream.BONUS)
 TYPICAL_FLOOR, TYPICAL_SCALE = 0.09, 0.3  # Medusa's defaults, arXiv 2401.10774
 
 
@@ -111,13 +114,20 @@ class Verifier:
       return self._accept_typical(proposal, prediction, moment)
     if proposal.law is None or not proposal.num_nodes:
       return self._match(proposal, prediction, moment)
-    probs = weigh(prediction.logits(), self.sampling)
-    probs = probs / probs.sum(axis=-1, keepdims=True)
-    if proposal.tree is None:
-      return self._accept_chain(proposal.tokens, proposal.law, probs, moment)
-    return self._accept_siblings(
-      proposal.tokens, proposal.tree, proposal.law, probs, moment
-    )
+    logits = prediction.logits()
+    if proposal.tree is not None:
+      return self._accept_siblings(
+        proposal.tokens, proposal.tree, proposal.law, self._law(logits), moment
+      )
+    knows_all = proposal.law.ids is None
+    accept = self._accept_drawn if knows_all else self._accept_trimmed
+    accepted, last = accept(proposal.tokens, proposal.law, logits, moment)
+    return Verdict(_replace(proposal.tokens, accepted, last), accepted)
+
+  def _law(self, logits: jax.Array) -> jax.Array:
+    """f32[B, T, V]: the target's probabilities."""
+    weights = weigh(logits, self.sampling)
+    return weights / weights.sum(axis=-1, keepdims=True)
 
   def _match(
     self, proposal: Proposal, prediction: Prediction, moment: Moment
@@ -141,10 +151,32 @@ class Verifier:
     tokens = jnp.take_along_axis(chosen, path, axis=1)
     return Verdict(tokens, accepted, path)
 
-  def _accept_chain(
-    self, drafts: jax.Array, law: Law, probs: jax.Array, moment: Moment
-  ) -> Verdict:
-    """The token or the block rule."""
+  def _accept_drawn(
+    self, drafts: jax.Array, law: Law, logits: jax.Array, moment: Moment
+  ) -> tuple[jax.Array, jax.Array]:
+    """The token or the block rule, of drafters that know every token.
+
+    Returns:
+      accepted i32[B] and last i32[B], the token that ends the round.
+    """
+    is_plain = not (self.sampling.is_greedy or self.sampling.is_restricted)
+    return block_verify(
+      logits if is_plain else self._law(logits),
+      law.probs[:, : drafts.shape[1]],
+      drafts,
+      moment.seeds,
+      moment.positions,
+      rule=self.rule,
+      temperature=self.sampling.temperature if is_plain else None,
+      draft_temperature=None,
+      streams=STREAMS,
+    )
+
+  def _accept_trimmed(
+    self, drafts: jax.Array, law: Law, logits: jax.Array, moment: Moment
+  ) -> tuple[jax.Array, jax.Array]:
+    """The same, of drafters that know some tokens only."""
+    probs = self._law(logits)
     draws = noise.uniform(
       Stream.ACCEPT, moment.seeds, moment.positions, drafts.shape[1]
     )
@@ -160,8 +192,7 @@ class Verifier:
     rejected = accepted < drafts.shape[1]
     depth = jnp.where(rejected, accepted, law.probs.shape[1])
     weights = rejection.residual(row, scale, law, depth)
-    last = _draw_last(weights, rejected, moment)
-    return Verdict(_replace(drafts, accepted, last), accepted)
+    return accepted, _draw_last(weights, rejected, moment)
 
   def _accept_siblings(
     self,
@@ -193,8 +224,7 @@ class Verifier:
     p(x) > min(floor, scale exp(-entropy)): Medusa, arXiv 2401.10774, section
     3.3.1. The round's last token is the target's own choice.
     """
-    probs = weigh(prediction.logits(), self.sampling)
-    probs = probs / probs.sum(axis=-1, keepdims=True)
+    probs = self._law(prediction.logits())
     P = proposal.num_nodes
     entropy = jax.scipy.special.entr(probs[:, :P]).sum(axis=-1)
     limit = jnp.minimum(TYPICAL_FLOOR, TYPICAL_SCALE * jnp.exp(-entropy))
@@ -218,17 +248,6 @@ def match_prefix(proposal: Proposal, chosen: jax.Array) -> Verdict:
   """
   accepted = count_leading(proposal.tokens == chosen[:, :-1])
   return Verdict(tokens=chosen, accepted=accepted)
-
-
-def count_leading(kept: jax.Array) -> jax.Array:
-  """kept bool[B, P] -> i32[B], the number before the first not kept."""
-  return jnp.cumprod(kept.astype(jnp.int32), axis=1).sum(axis=1)
-
-
-def find_last(kept: jax.Array) -> jax.Array:
-  """kept bool[B, P] -> i32[B], place of the last kept, from 1; else 0."""
-  places = jnp.arange(1, kept.shape[1] + 1, dtype=jnp.int32)
-  return jnp.where(kept, places, 0).max(axis=1)
 
 
 def _draw_last(

@@ -136,7 +136,7 @@ class Report:
     """What rows of two runs must share to stand in one table."""
     return {
       "device": self.machine.kind,
-      "versions": {name: _version(name) for name in PACKAGES},
+      "versions": versions(),
     }
 
   def resume(self) -> None:
@@ -179,11 +179,15 @@ class Report:
     return [r for r in self.rows if not r.seconds and r.problem != NO_MEMORY]
 
 
-def _version(package: str) -> str:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return ""
+def versions() -> dict[str, str]:
+  """Of the packages that make machine code; "" for those that are not here."""
+  found = {}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = ""
+  return found
 
 
 # --- The command --------------------------------------------------------------
@@ -191,7 +195,8 @@ def _version(package: str) -> str:
 
 def all_cases(only: str) -> list[Case]:
   """Cases whose names hold `only`; those with an aim come first."""
-  cases = [case for case, _ in compile_check.cases(IMPLEMENTATIONS[-1], only)]
+  found = compile_check.cases(IMPLEMENTATIONS[-1], only, twins=True)
+  cases = [case for case, _ in found]
   return sorted(cases, key=lambda c: not any(a.covers(c.name) for a in AIMS))
 
 

@@ -19,6 +19,8 @@ class Case:
     operands: what it is given, pytrees of Operand.
     bytes: that must cross global memory at least.
     flops: of the mathematics, padding apart.
+    is_twin: whether its machine code is another case's, but for sizes of the
+      grid: it is timed, and not compiled ahead.
   """
 
   name: str
@@ -26,6 +28,7 @@ class Case:
   operands: tuple[Any, ...]
   bytes: int
   flops: int
+  is_twin: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,14 @@ class Operand:
     shape, dtype: of the array.
     low, high: whole numbers are drawn from low to high, both included; other
       numbers are normal, of mean 0 and deviation 1.
+    is_law: rows are probabilities instead: the softmax of these.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   low: int = 0
   high: int = 0
+  is_law: bool = False
 
   @property
   def num_bytes(self) -> int:
@@ -56,7 +61,8 @@ class Operand:
       bits = bits if span >= 2**32 else bits % np.uint32(span)
       return (bits + np.uint32(self.low % 2**32)).astype(self.dtype)
     kind = self.dtype if self.dtype.itemsize > 1 else jnp.bfloat16
-    return jax.random.normal(key, self.shape, kind).astype(self.dtype)
+    numbers = jax.random.normal(key, self.shape, kind).astype(self.dtype)
+    return jax.nn.softmax(numbers) if self.is_law else numbers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,8 +87,16 @@ class Compiled:
     return found
 
 
-def cases(architecture: str, only: str = "") -> list[tuple[Case, Budget]]:
-  """All cases whose names hold `only`, with the budget of their operation."""
+def cases(
+  architecture: str, only: str = "", *, twins: bool = False
+) -> list[tuple[Case, Budget]]:
+  """Cases whose names hold `only`, with the budget of their operation.
+
+  Args:
+    architecture: of the budgets.
+    only: part of their names.
+    twins: whether those are wanted whose machine code another case has.
+  """
   found = []
   for operation in OPERATIONS:
     package = f"pallas_kernels.{operation}"
@@ -97,7 +105,7 @@ def cases(architecture: str, only: str = "") -> list[tuple[Case, Budget]]:
     found += [
       (case, config.BUDGETS[architecture])
       for case in shapes.cases()
-      if only in case.name
+      if only in case.name and (twins or not case.is_twin)
     ]
   return found
 

@@ -42,14 +42,8 @@ def bits_of(
 ) -> jax.Array:
   """u32[..., count]: the cipher of (pair, stream), keyed by (seed, moment).
 
-  For plain XLA code. A block of the cipher serves numbers i and i + half, half
-  of count rounded up.
-
-  Args:
-    stream: of the draws; an array i32[...] where it differs by row.
-    seeds: u32[...], one per request.
-    moments: i32[...], broadcasting with seeds.
-    count: numbers per row.
+  A block of the cipher serves numbers i and i + half, half of count rounded up.
+  Arguments as in `uniform`.
   """
   pairs = jnp.arange(-(-count // 2), dtype=jnp.uint32)
   shape = (*jnp.broadcast_shapes(seeds.shape, moments.shape), len(pairs))
@@ -64,7 +58,35 @@ def bits_of(
   return jnp.concatenate(halves, axis=-1)[..., :count]
 
 
+def uniform(
+  stream: int | jax.Array, seeds: jax.Array, moments: jax.Array, count: int
+) -> jax.Array:
+  """f32[..., count] in (0, 1], one row per address; for plain XLA code.
+
+  Args:
+    stream: of the draws; an array i32[...] where it differs by row.
+    seeds: u32[...], one per request.
+    moments: i32[...], broadcasting with seeds.
+    count: draws per row.
+  """
+  bits = bits_of(stream, seeds, moments, count)
+  return (bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
+
+
 def race_times(
+  stream: int | jax.Array, seeds: jax.Array, moments: jax.Array, count: int
+) -> jax.Array:
+  """f32[..., count] > 0, exponential with mean 1: how late a token arrives.
+
+  argmax(w / times) is a draw from w / sum(w) (the exponential race; the
+  Gumbel-max trick is its logarithm). 32-bit uniforms near 0 keep their relative
+  precision, so that early arrivals, which decide races, are finely graded.
+  Arguments as in `uniform`.
+  """
+  return -jnp.log1p(-uniform(stream, seeds, moments, count))
+
+
+def race_times_at(
   seeds: jax.Array,
   moments: jax.Array,
   ids: jax.Array,
@@ -72,7 +94,7 @@ def race_times(
   stream: int,
   vocabulary: int,
 ) -> jax.Array:
-  """f32 > 0 of mean 1, one per element, in registers: how late a token arrives.
+  """The same of single tokens, in a kernel's registers: f32, one per element.
 
   Args:
     seeds, moments: u32, the address of a row, spread over its tokens.

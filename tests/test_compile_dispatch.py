@@ -10,6 +10,7 @@ from tools.compile_dispatch import (
   KERNELS,
   ROUNDS,
   Dispatch,
+  Setting,
   dispatch_of,
   examine,
   memory_of,
@@ -17,14 +18,18 @@ from tools.compile_dispatch import (
 
 
 @pytest.mark.parametrize("platform", ["rocm", "tpu"])
-@pytest.mark.parametrize(("temperature", "tree_nodes"), [(0.0, 8), (1.0, 0)])
-def test_the_dispatch_lowers_for_other_makers_devices(
-  platform, temperature, tree_nodes
-):
+@pytest.mark.parametrize(
+  "setting",
+  [
+    Setting(2, tree_nodes=8),
+    Setting(2, "coupled", 1.0),
+    Setting(2, "block", 1.0),
+  ],
+  ids=["greedy tree", "coupled", "block"],
+)
+def test_the_dispatch_lowers_for_other_makers_devices(platform, setting):
   """As XLA alone, so an AMD GPU or a TPU is a flag away."""
-  decoder, params, state = dispatch_of(
-    "smollm2_135m", 2, temperature, tree_nodes
-  )
+  decoder, params, state = dispatch_of("smollm2_135m", setting)
   exported = jax.export.export(
     jax.jit(lambda params, state: decoder.run_rounds(params, state)),
     platforms=[platform],
@@ -48,26 +53,29 @@ def test_a_program_is_read_for_what_it_is_made_of():
   assert examine(waiting)[2] == [0]
   sending = PROGRAM + "  %s = f32[8] send(%p)\n"
   assert examine(sending)[3] == ["send"]
+  branching = PROGRAM + "  %b = (f32[8]) conditional(%i, %p, %p)\n"
+  assert examine(branching)[3] == ["conditional"]
+  calling = PROGRAM.replace("mosaic_gpu_v2", "xla_ffi_python_gpu_callback")
+  assert examine(calling)[3] == ["xla_ffi_python_gpu_callback"]
 
 
 def test_every_fault_of_a_program_is_named():
   sound = Dispatch(
     model="m",
     target="b200",
-    batch=1,
-    temperature=0.0,
-    tree_nodes=0,
+    setting=Setting(),
     kernels=dict.fromkeys(KERNELS, 2),
     fusions=1,
     loops=[ROUNDS],
-    transfers=[],
+    host=[],
     argument_bytes=7,
     temporary_bytes=3,
   )
   assert sound.faults(10) == []
   for change, message in [
     (dict(kernels={}), "no lm_head_verify kernel"),
-    (dict(transfers=["send"]), "send reaches the host"),
+    (dict(setting=Setting(rule="block"), kernels={}), "no block_verify"),
+    (dict(host=["send"]), "send needs the host"),
     (dict(loops=[8, 0]), "a loop of unknown length"),
     (dict(argument_bytes=8), "do not fit"),
   ]:
@@ -80,7 +88,7 @@ def test_descriptions_say_how_much_memory_there_is():
 
 
 def test_abstract_operands_are_the_models_own_sizes():
-  _, params, state = dispatch_of("qwen3_8b", 1, 0.0)
+  _, params, state = dispatch_of("qwen3_8b", Setting())
   count = sum(x.size for x in jax.tree.leaves(params.target))
   assert count == 8_190_735_360
   drafter = sum(x.size for x in jax.tree.leaves(params.drafter))

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax import rejection
+from dflash_jax import rejection, verify
 from dflash_jax.proposal import Law, Proposal, chain
 from dflash_jax.tree import best_first, look_up
+from pallas_kernels.block_verify import rule as rules
+from pallas_kernels.block_verify.reference import XlaPasses
 
 K = 3  # drafts of a chain, depths of a tree
 EXACT = 1e-6
@@ -105,11 +107,6 @@ class Chains:
   probs: jax.Array
   chances: np.ndarray
 
-  @property
-  def inputs(self):
-    """What the rules' odds are functions of."""
-    return self.probs, self.proposal.tokens, self.proposal.law
-
   @classmethod
   def create(cls, case: Case) -> "Chains":
     drafted = case.tokens()
@@ -130,36 +127,83 @@ class Chains:
     )
 
 
-def outcomes(rule: str, chains: Chains):
+def outcomes(rule: str, chains: Chains, way: str):
   """Chances f64[N, K + 1] of each tau, and laws of the next token."""
-  N = len(chains.chances)
+  odds, scales, weights = WAYS[way](rule, chains)
+  odds = np.asarray(odds, np.float64)
   if rule == "token":
-    odds = jax.jit(rejection.token_odds)(*chains.inputs)
-    weights = np.ones((N, K + 1))
-    odds = np.asarray(odds, np.float64)
     taus = [
       odds[:, :tau].prod(1) * (1 - odds[:, tau] if tau < K else 1)
       for tau in range(K + 1)
     ]
   else:
-    odds, weights = jax.jit(rejection.block_odds)(*chains.inputs)
-    odds = np.asarray(odds, np.float64)
     taus = [
       (odds[:, tau - 1] if tau else 1) * (1 - odds[:, tau:]).prod(1)
       for tau in range(K + 1)
     ]
-  residual = jax.jit(rejection.residual)
   laws = []
   for tau in range(K + 1):
-    left = residual(
-      chains.probs[:, tau],
-      jnp.asarray(weights, jnp.float32)[:, tau],
-      chains.proposal.law,
-      jnp.full((N,), tau),
-    )
-    left = np.asarray(left, np.float64)
+    left = np.asarray(weights(tau, scales[:, tau]), np.float64)
     laws.append(left / left.sum(-1, keepdims=True))
   return np.stack(taus, 1), np.stack(laws, 1)
+
+
+def by_columns(rule: str, chains: Chains):
+  """The decode loop's way with a trimmed head.
+
+  Returns:
+    Odds f32[N, K], scales f32[N, K + 1], and a function of tau and its scales:
+    f32[N, V], proportional to the law of the token after tau drafts.
+  """
+  N, V = len(chains.chances), chains.case.vocab
+  law = chains.proposal.law
+  if law.ids is None:
+    law = dataclasses.replace(law, ids=jnp.arange(V))
+  inputs = chains.probs, chains.proposal.tokens, law
+  if rule == "token":
+    odds, scales = rejection.token_odds(*inputs), jnp.ones((N, K + 1))
+  else:
+    odds, scales = rejection.block_odds(*inputs)
+
+  def weights(tau, scale):
+    depth = jnp.full((N,), tau)
+    return rejection.residual(chains.probs[:, tau], scale, law, depth)
+
+  return odds, scales, weights
+
+
+def by_block_verify(rule: str, chains: Chains, *, as_logits: bool = False):
+  """The way with a whole one: block_verify's reference, on either law form."""
+  target, draft = chains.probs, chains.proposal.law.probs
+  temperatures = (None, None)
+  if as_logits:
+    target, draft = 0.7 * jnp.log(target), 1.3 * jnp.log(draft)
+    temperatures = (0.7, 1.3)
+  settings = rules.Rule(rule, *temperatures, verify.STREAMS)
+  passes = XlaPasses(settings, target, draft, None, None)
+  softmaxes = passes.measure()
+  odds, scales = rules.weigh(
+    settings, passes, softmaxes, target, draft, chains.proposal.tokens
+  )
+
+  def weights(tau, scale):
+    accepted = jnp.full((len(target),), tau)
+    ending = rules.end(settings, accepted, scale, *softmaxes)
+    return passes.last_weights(ending)
+
+  return odds, scales, weights
+
+
+WAYS = {
+  "columns": by_columns,
+  "probabilities": by_block_verify,
+  "logits": functools.partial(by_block_verify, as_logits=True),
+}
+
+
+def ways(case: Case) -> list[str]:
+  """Those that a case's drafts can go."""
+  return list(WAYS) if case.ids is None else ["columns"]
 
 
 def output_law(case: Case, emitted) -> np.ndarray:
@@ -187,8 +231,8 @@ def target_law(case: Case) -> np.ndarray:
   return output_law(case, [(1.0, ())])
 
 
-def chain_emissions(rule: str, chains: Chains):
-  taus, laws = outcomes(rule, chains)
+def chain_emissions(rule: str, chains: Chains, way: str):
+  taus, laws = outcomes(rule, chains, way)
   drafts = np.asarray(chains.proposal.tokens)
   for n, chance in enumerate(chains.chances):
     for tau in range(K + 1):
@@ -198,8 +242,8 @@ def chain_emissions(rule: str, chains: Chains):
           yield chance * taus[n, tau] * p, (*start, token)
 
 
-def expected_accepted(rule: str, chains: Chains) -> float:
-  taus, _ = outcomes(rule, chains)
+def expected_accepted(rule: str, chains: Chains, way: str) -> float:
+  taus, _ = outcomes(rule, chains, way)
   return float((chains.chances[:, None] * taus * np.arange(K + 1)).sum())
 
 
@@ -207,19 +251,21 @@ def expected_accepted(rule: str, chains: Chains) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_the_law_of_a_chain_is_the_targets(rule, name):
   chains = Chains.create(CASES[name])
-  law = output_law(chains.case, chain_emissions(rule, chains))
-  np.testing.assert_allclose(law, target_law(chains.case), atol=EXACT)
+  for way in ways(chains.case):
+    law = output_law(chains.case, chain_emissions(rule, chains, way))
+    np.testing.assert_allclose(law, target_law(chains.case), atol=EXACT)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_block_rule_accepts_at_least_as_much_as_the_token_rule(name):
   chains = Chains.create(CASES[name])
-  block, token = (
-    expected_accepted(rule, chains) for rule in ("block", "token")
-  )
-  assert block >= token - EXACT
-  if name == "random, V=4":
-    assert block > token + 0.01
+  for way in ways(chains.case):
+    block, token = (
+      expected_accepted(rule, chains, way) for rule in ("block", "token")
+    )
+    assert block >= token - EXACT
+    if name == "random, V=4":
+      assert block > token + 0.01
 
 
 def test_the_block_rule_equals_the_token_rule_on_certain_drafts():
@@ -228,10 +274,11 @@ def test_the_block_rule_equals_the_token_rule_on_certain_drafts():
     certain = {p: np.eye(4)[law.argmax()] for p, law in case.draft.items()}
     chains = Chains.create(dataclasses.replace(case, draft=certain))
     assert len(chains.chances) == 1
-    block, token = (
-      expected_accepted(rule, chains) for rule in ("block", "token")
-    )
-    assert block == pytest.approx(token, abs=EXACT)
+    for way in ways(case):
+      block, token = (
+        expected_accepted(rule, chains, way) for rule in ("block", "token")
+      )
+      assert block == pytest.approx(token, abs=EXACT)
 
 
 # --- Trees --------------------------------------------------------------------
@@ -354,8 +401,8 @@ def test_the_law_of_a_tree_of_siblings_is_the_targets(case, num_nodes):
 # --- Known bugs, planted ------------------------------------------------------
 
 
-def law_error(rule: str, chains: Chains) -> float:
-  law = output_law(chains.case, chain_emissions(rule, chains))
+def law_error(rule: str, chains: Chains, way: str) -> float:
+  law = output_law(chains.case, chain_emissions(rule, chains, way))
   return float(np.abs(law - target_law(chains.case)).max())
 
 
@@ -368,7 +415,14 @@ def test_a_residual_without_the_drafters_law_is_caught(chains, monkeypatch):
   monkeypatch.setattr(
     rejection, "residual", lambda probs, scale, law, depth: probs
   )
-  assert law_error("token", chains) > 100 * EXACT
+  assert law_error("token", chains, "columns") > 100 * EXACT
+  real = rules.end
+  monkeypatch.setattr(
+    rules,
+    "end",
+    lambda *args: real(*args[:-1], args[-1]._replace(share=args[-1].share * 0)),
+  )
+  assert law_error("token", chains, "logits") > 100 * EXACT
 
 
 def test_raw_draft_probabilities_are_caught(chains):
@@ -378,18 +432,26 @@ def test_raw_draft_probabilities_are_caught(chains):
   proposal = dataclasses.replace(
     chains.proposal, law=dataclasses.replace(law, probs=raw)
   )
+  wrong = dataclasses.replace(chains, proposal=proposal)
   for rule in ("token", "block"):
-    wrong = dataclasses.replace(chains, proposal=proposal)
-    assert law_error(rule, wrong) > 100 * EXACT
+    for way in WAYS:
+      assert law_error(rule, wrong, way) > 100 * EXACT
 
 
-def test_cumulative_products_in_the_block_rule_are_caught(chains, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_cumulative_products_in_the_block_rule_are_caught(
+  chains, monkeypatch, way
+):
   """h_i = P_i for every i (vllm-ascend #7839) draws from another law."""
+  monkeypatch.setattr(rules, "block_odds", lambda excess, weights: weights)
+  assert law_error("block", chains, way) > 100 * EXACT
 
-  def wrong(probs, tokens, law):
-    ratios = rejection.token_odds(probs, tokens, law)
-    weights = jnp.cumprod(ratios, axis=1)
-    return weights, jnp.pad(weights, ((0, 0), (1, 0)), constant_values=1.0)
 
-  monkeypatch.setattr(rejection, "block_odds", wrong)
-  assert law_error("block", chains) > 100 * EXACT
+@pytest.mark.parametrize("way", WAYS)
+def test_products_that_are_not_capped_at_one_are_caught(
+  chains, monkeypatch, way
+):
+  monkeypatch.setattr(
+    rules, "block_weights", lambda ratios: jnp.cumprod(ratios, axis=1)
+  )
+  assert law_error("block", chains, way) > 100 * EXACT

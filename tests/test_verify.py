@@ -15,6 +15,7 @@ from dflash_jax.proposal import Drafting, Law, Moment, Proposal, chain
 from dflash_jax.sampling import GREEDY, Sampling, choose
 from dflash_jax.tree import Tree
 from dflash_jax.verify import RULES, Verifier, match_prefix
+from pallas_kernels import noise as kernel_noise
 
 P, V = 5, 11
 SAMPLED = Sampling(temperature=1.0)
@@ -126,7 +127,13 @@ def test_a_tree_is_walked_along_the_targets_choices(sampling):
 # --- Drawn drafts -------------------------------------------------------------
 
 
-def drawn_chain(batch: int, seed: int = 0) -> Proposal:
+EVERY = jnp.arange(V, dtype=jnp.int32)  # a trimmed head that drops nothing
+each_head = pytest.mark.parametrize(
+  "ids", [None, EVERY], ids=["whole", "trimmed"]
+)
+
+
+def drawn_chain(batch: int, ids: jax.Array | None, seed: int = 0) -> Proposal:
   rng = np.random.default_rng(seed)
   law = rng.dirichlet(np.ones(V), (batch, P))
   tokens = np.array([[rng.choice(V, p=q) for q in row] for row in law])
@@ -134,7 +141,7 @@ def drawn_chain(batch: int, seed: int = 0) -> Proposal:
     chain(jnp.asarray(tokens, jnp.int32)),
     law=Law(
       probs=jnp.asarray(law, jnp.float32),
-      ids=None,
+      ids=ids,
       ranked=jnp.asarray(tokens, jnp.int32)[..., None],
     ),
   )
@@ -142,7 +149,7 @@ def drawn_chain(batch: int, seed: int = 0) -> Proposal:
 
 def script(monkeypatch, draws):
   """Makes the accepting draws those of the script f32[B, P]."""
-  real = verify.noise.uniform
+  real = kernel_noise.uniform
 
   def uniform(stream, seeds, moments, count):
     if stream is Stream.ACCEPT:
@@ -150,10 +157,12 @@ def script(monkeypatch, draws):
     return real(stream, seeds, moments, count)
 
   monkeypatch.setattr(verify.noise, "uniform", uniform)
+  monkeypatch.setattr(kernel_noise, "uniform", uniform)
 
 
-def test_the_token_rule_stops_at_the_first_failure(monkeypatch):
-  proposal, logits = drawn_chain(3), random_logits(3, P + 1)
+@each_head
+def test_the_token_rule_stops_at_the_first_failure(monkeypatch, ids):
+  proposal, logits = drawn_chain(3, ids), random_logits(3, P + 1)
   script(monkeypatch, [[0] * 5, [0, 0, 2, 0, 0], [2, 0, 0, 0, 0]])
   verdict = Verifier("token", SAMPLED, P).judge(
     proposal, said(logits), moment(3)
@@ -163,8 +172,9 @@ def test_the_token_rule_stops_at_the_first_failure(monkeypatch):
   np.testing.assert_array_equal(verdict.tokens[1, :2], proposal.tokens[1, :2])
 
 
-def test_the_block_rule_takes_the_last_success(monkeypatch):
-  proposal, logits = drawn_chain(3), random_logits(3, P + 1)
+@each_head
+def test_the_block_rule_takes_the_last_success(monkeypatch, ids):
+  proposal, logits = drawn_chain(3, ids), random_logits(3, P + 1)
   script(monkeypatch, [[2, 2, 2, 2, 2], [2, 0, 2, 0, 2], [2, 2, 2, 2, 0]])
   verdict = Verifier("block", SAMPLED, P).judge(
     proposal, said(logits), moment(3)
@@ -173,14 +183,17 @@ def test_the_block_rule_takes_the_last_success(monkeypatch):
   np.testing.assert_array_equal(verdict.tokens[1, :4], proposal.tokens[1, :4])
 
 
-def test_a_rejected_draft_is_drawn_anew_from_the_residual(monkeypatch):
+@each_head
+def test_a_rejected_draft_is_drawn_anew_from_the_residual(monkeypatch, ids):
   """Counts over many seeds against the residual law, computed apart."""
   draws = 20_011
-  proposal, logits = drawn_chain(1), random_logits(1, P + 1)
+  proposal, logits = drawn_chain(1, None), random_logits(1, P + 1)
   repeat = repeater(draws)
+  rows = jax.tree.map(repeat, proposal)
+  rows = dataclasses.replace(rows, law=dataclasses.replace(rows.law, ids=ids))
   script(monkeypatch, np.tile([[0, 2, 0, 0, 0]], (draws, 1)))
   verdict = Verifier("token", SAMPLED, P).judge(
-    jax.tree.map(repeat, proposal), said(repeat(logits)), moment(draws)
+    rows, said(repeat(logits)), moment(draws)
   )
   assert set(np.asarray(verdict.accepted).tolist()) == {1}
   p = np.asarray(jax.nn.softmax(logits[0, 1]))
@@ -196,10 +209,11 @@ def repeater(count):
   return lambda x: jnp.repeat(x, count, axis=0)
 
 
+@each_head
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_k=1)])
-def test_a_certain_target_keeps_only_its_own_token(sampling):
+def test_a_certain_target_keeps_only_its_own_token(sampling, ids):
   """Temperature 0 under the token rule: drafts that are its argmax stay."""
-  proposal, logits = drawn_chain(5), random_logits(5, P + 1)
+  proposal, logits = drawn_chain(5, ids), random_logits(5, P + 1)
   best = logits.argmax(-1)
   proposal = dataclasses.replace(
     proposal,
@@ -267,7 +281,7 @@ def test_every_other_pairing_is_taken():
 
 
 def test_odds_are_those_of_the_formulas():
-  proposal = drawn_chain(3)
+  proposal = drawn_chain(3, None)
   probs = jax.nn.softmax(random_logits(3, P + 1))
   odds = np.asarray(rejection.token_odds(probs, proposal.tokens, proposal.law))
   for row in range(3):

@@ -5,11 +5,12 @@
 
 R rounds of draft, verify and commit are one program. For each model and GPU it
 is compiled from abstract weights, and must call the kernels of that GPU, move
-nothing to or from the host, hold no loop whose length the compiler does not
-know, and fit the memory. Needs the packages of the extra `aot`.
+nothing to or from the host, hold no branch and no loop that the host decides,
+and fit the memory. Needs the packages of the extra `aot`.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -60,9 +61,39 @@ TARGETS = {
 }
 TAPS = {"smollm2_135m": (1, 8, 14, 20, 27), "qwen3_8b": (1, 9, 17, 25, 33)}
 BLOCKS = {"smollm2_135m": (3, 8), "qwen3_8b": (5, 16)}  # layers, block size
-KERNELS = ("lm_head_verify", "block_attention")  # every dispatch calls them
-# Batch, temperature, nodes of a tree or 0 for a chain.
-SETTINGS = ((1, 0.0, 0), (4, 1.0, 0), (1, 0.0, 64))
+KERNELS = ("lm_head_verify", "block_attention", "block_verify")
+HOST = ("infeed", "outfeed", "send", "recv", "copy-start", "conditional")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """How a model is run.
+
+  Attributes:
+    batch: rows.
+    rule: of verification; the block rule weighs drawn drafts.
+    temperature: of target and drafter.
+    tree_nodes: of a tree, or 0 for a chain.
+  """
+
+  batch: int = 1
+  rule: str = "greedy"
+  temperature: float = 0.0
+  tree_nodes: int = 0
+
+  @property
+  def kernels(self) -> tuple[str, ...]:
+    """What its dispatch must call."""
+    decides = "block_verify" if self.rule == "block" else "lm_head_verify"
+    return "block_attention", decides
+
+
+SETTINGS = (
+  Setting(),
+  Setting(4, "coupled", 1.0),
+  Setting(1, "block", 1.0),
+  Setting(tree_nodes=64),
+)
 RESULT = "dispatch: "  # begins a line of a child's output
 TIMEOUT = 1800  # seconds for one GPU
 
@@ -91,21 +122,22 @@ def drafter_of(model: str) -> DFlash:
 
 
 def dispatch_of(
-  model: str, batch: int, temperature: float, tree_nodes: int = 0
+  model: str, setting: Setting
 ) -> tuple[Decoder, ModelParams, DecodeState]:
   """The loop, and its operands as shapes."""
   target, drafter = Target(TARGETS[model]), drafter_of(model)
-  greedy = temperature == 0
+  sampling = Sampling(setting.temperature)
   decoder = Decoder(
     target=target,
     drafter=drafter,
     drafting=Drafting(
-      tree_nodes or drafter.max_drafts,
-      is_tree=tree_nodes > 0,
-      is_coupled=not greedy,
+      setting.tree_nodes or drafter.max_drafts,
+      is_tree=setting.tree_nodes > 0,
+      sampling=sampling,
+      is_coupled=setting.rule == "coupled",
     ),
-    rule="greedy" if greedy else "coupled",
-    sampling=Sampling(temperature),
+    rule=setting.rule,
+    sampling=sampling,
     stop_ids=(2,),
     rounds_per_dispatch=ROUNDS,
     dtype="bfloat16",
@@ -122,7 +154,7 @@ def dispatch_of(
     ),
   )
   state = jax.eval_shape(
-    lambda: decoder.init_state(batch, CAPACITY, NEW_TOKENS)
+    lambda: decoder.init_state(setting.batch, CAPACITY, NEW_TOKENS)
   )
   return decoder, params, state
 
@@ -146,31 +178,42 @@ class Dispatch:
   """What a compiled dispatch is made of.
 
   Attributes:
-    model, target, batch, temperature, tree_nodes: what was compiled.
+    model, target, setting: what was compiled.
     kernels: calls of our kernels, by name.
     fusions: kernels that XLA made.
     loops: trip counts of its loops; 0 where the compiler knows none.
-    transfers: instructions that move data to or from the host.
+    host: instructions that move data to or from the host, call it, or wait for
+      it to choose a branch.
     argument_bytes, temporary_bytes: of device memory.
   """
 
   model: str
   target: str
-  batch: int
-  temperature: float
-  tree_nodes: int
+  setting: Setting
   kernels: dict[str, int]
   fusions: int
   loops: list[int]
-  transfers: list[str]
+  host: list[str]
   argument_bytes: int
   temporary_bytes: int
 
+  def __str__(self) -> str:
+    """A line of the table, but for the verdict."""
+    setting = self.setting
+    calls = "+".join(str(self.kernels.get(name, 0)) for name in KERNELS)
+    return (
+      f"{self.model:13}{self.target:6}{setting.batch:6}{setting.rule:>9}"
+      f"{setting.tree_nodes:5}{calls:>9}{self.fusions:8}"
+      f"{','.join(map(str, self.loops)):>7}{self.argument_bytes / 1e9:9.2f} GB"
+      f"{self.temporary_bytes / 1e6:9.0f} MB"
+    )
+
   def faults(self, memory_bytes: int) -> list[str]:
     """What is wrong with it; nothing, if all is well."""
-    missing = [name for name in KERNELS if not self.kernels.get(name)]
+    wanted = self.setting.kernels
+    missing = [name for name in wanted if not self.kernels.get(name)]
     found = [f"no {name} kernel in it" for name in missing]
-    found += [f"{what} reaches the host" for what in self.transfers]
+    found += [f"{what} needs the host" for what in self.host]
     if 0 in self.loops:
       found.append("a loop of unknown length")
     total = self.argument_bytes + self.temporary_bytes
@@ -180,19 +223,22 @@ class Dispatch:
 
 
 def examine(text: str) -> tuple[dict[str, int], int, list[int], list[str]]:
-  """Kernels, fusions, trip counts and transfers of a compiled program."""
+  """Kernels, fusions, trip counts and needs of the host, of a program."""
   calls = re.findall(r'custom_call_target="mosaic_gpu[^\n]*', text)
   kernels = collections.Counter(
     name for call in calls for name in KERNELS if name in call
   )
   loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
   counts = [re.search(r'known_trip_count":{"n":"(\d+)"', x) for x in loops]
-  transfers = re.findall(r" (infeed|outfeed|send|recv|copy-start)\(", text)
+  host = re.findall(
+    r" (infeed|outfeed|send|recv|copy-start|conditional)\(", text
+  )
+  host += re.findall(r'custom_call_target="([^"]*callback[^"]*)"', text)
   return (
     dict(kernels),
     len(re.findall(r" fusion\(", text)),
     [int(count[1]) if count else 0 for count in counts],
-    transfers,
+    host,
   )
 
 
@@ -208,12 +254,12 @@ def compile_all(target: str, models: list[str]) -> None:
   """Compiles every setting for one GPU, and prints a line for each."""
   for model in models:
     for setting in SETTINGS:
-      compiled = compile_dispatch(target, *dispatch_of(model, *setting))
+      compiled = compile_dispatch(target, *dispatch_of(model, setting))
       memory = compiled.memory_analysis()
       found = Dispatch(
         model,
         target,
-        *setting,
+        setting,
         *examine(compiled.as_text()),
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
@@ -247,10 +293,14 @@ def run_target(target: str, models: list[str]) -> list[Dispatch]:
   )
   if done.returncode:
     raise RuntimeError(f"{target}:\n{done.stderr}")
-  return [
-    Dispatch(**json.loads(line.removeprefix(RESULT)))
+  records = [
+    json.loads(line.removeprefix(RESULT))
     for line in done.stdout.splitlines()
     if line.startswith(RESULT)
+  ]
+  return [
+    Dispatch(**record | {"setting": Setting(**record["setting"])})
+    for record in records
   ]
 
 
@@ -272,21 +322,16 @@ def main(argv: list[str]) -> None:
     return
   sound = True
   print(
-    f"{'model':13}{'GPU':6}{'batch':>6}{'T':>5}{'tree':>5}{'kernels':>9}"
-    f"{'fusions':>8}{'loops':>7}{'arguments':>11}{'temporary':>11}"
+    f"{'model':13}{'GPU':6}{'batch':>6}{'rule':>9}{'tree':>5}{'kernels':>9}"
+    f"{'fusions':>8}{'loops':>7}{'arguments':>12}{'temporary':>12}"
   )
-  for target in values.targets:
-    for d in run_target(target, values.models):
-      faults = d.faults(memory_of(target))
-      sound &= not faults
-      calls = "+".join(str(d.kernels.get(name, 0)) for name in KERNELS)
-      loops = ",".join(map(str, d.loops))
-      print(
-        f"{d.model:13}{target:6}{d.batch:6}{d.temperature:5}{d.tree_nodes:5}"
-        f"{calls:>9}{d.fusions:8}{loops:>7}{d.argument_bytes / 1e9:8.2f} GB"
-        f"{d.temporary_bytes / 1e6:8.0f} MB  {'; '.join(faults) or 'ok'}",
-        flush=True,
-      )
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    run = functools.partial(run_target, models=values.models)
+    for dispatches in pool.map(run, values.targets):
+      for dispatch in dispatches:
+        faults = dispatch.faults(memory_of(dispatch.target))
+        sound &= not faults
+        print(f"{dispatch}  {'; '.join(faults) or 'ok'}", flush=True)
   print(f"kernels: {' + '.join(KERNELS)}, per round of {ROUNDS} in a dispatch")
   if not sound:
     sys.exit(1)

@@ -56,13 +56,15 @@ def block_attention(
     past_key, past_value: f[B, G, S, H] of the tokens before. Slots that are not
       committed are given no weight, but must hold finite values.
     length: i32[B], how many slots are committed; from 0 to S.
-    ancestors: u32[B, P, W] for a tree: row i sees new key j iff bit j % 32 of
-      word j // 32 of row i is set, as dflash_jax.tree.ancestors packs them. It
-      must see itself. None for a chain: row i sees keys j <= i.
+    ancestors: u32[B, P, W], which new keys a row sees: key j iff bit j % 32 of
+      word j // 32 is set. Of a tree, its ancestors, as dflash_jax.tree packs
+      them; of a drafter's block, any mask (reference.pack_mask). A row must see
+      itself. None for a chain: row i sees keys j <= i.
     prefix: keys f[G, S0, H], values f[G, S0, H] and length i32[] of what all
       sequences begin with, before their caches. It is read once for all.
-    window: of a chain, each row sees this many last positions, its own
-      included; positions are prefix length + length + i.
+    window: each row sees this many last positions, its own included; positions
+      are prefix length + length + i, so a tree has no window. Where there are
+      `ancestors`, they alone say which new keys a row sees.
     scale: of the scores; 1 / sqrt(H) if None.
     implementation: None for the fastest, or a name in dispatch.IMPLEMENTATIONS.
 
@@ -281,8 +283,6 @@ def _check(
   for name, array in whole.items():
     if not jnp.issubdtype(array.dtype, jnp.integer):
       refuse(f"{name} is {array.dtype}; use a type of whole numbers")
-  if window is not None and ancestors is not None:
-    refuse("a window is for chains; a tree has none")
   if window is not None and window < 1:
     refuse(f"window={window}; use at least 1, or None")
   if scale is not None and not scale > 0:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels.cases import Budget
+from pallas_kernels.tuning import tuned
 
 HEAD_WIDTHS = (64, 128)
 MAX_TOKENS = 256  # new tokens: their keys fit one split
@@ -32,18 +33,32 @@ class Config:
 
 
 def choose_config(architecture: str, num_rows: int, head_width: int) -> Config:
-  """The configuration for num_rows rows of queries per key/value head."""
+  """The configuration for num_rows rows of queries per key/value head.
+
+  Raises:
+    ValueError: the device's table of tuned ones is not as it should be.
+  """
   hopper = architecture == "sm90"
   few = hopper and num_rows <= GROUP_ROWS
   tile_slots = 8192 // head_width if hopper else 64
   # Of 227 KiB, what the queries and results leave; with few rows, of half.
   key_bytes = (128 if hopper and not few else 64) * 1024
-  return Config(
+  config = Config(
     rows=GROUP_ROWS if few else 128,
     tile_slots=tile_slots,
     split_slots=65536 // head_width,
     stages=key_bytes // (4 * tile_slots * head_width),
   )
+  shape = {"head_width": head_width}
+  return tuned("block_attention", shape, config, find_fault)
+
+
+def find_fault(config: Config) -> str | None:
+  """Why no kernel can have this configuration, if so."""
+  slots, tile = config.split_slots, config.tile_slots
+  if slots < MAX_TOKENS or slots % tile:
+    return f"split_slots must be a multiple of {tile} from {MAX_TOKENS} on"
+  return None
 
 
 # Of one CTA; measured by `make aot`, with a little room. Blackwell's lets two

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.block_attention.reference import block_mask
-from pallas_kernels.block_attention.splits import LOWEST, WORD
+from pallas_kernels.block_attention.reference import block_mask, pack_mask
+from pallas_kernels.block_attention.splits import LOWEST
 
 ADDED_AT_ONCE = 8  # parts
 
@@ -91,12 +90,8 @@ def mask_bits(
   num_tokens: int, ancestors: jax.Array | None, window: int | None
 ) -> jax.Array:
   """i32[B or 1, W, P]: bit j % 32 of word j // 32 of row i, if i sees key j."""
-  seen = block_mask(num_tokens, ancestors, window)
-  seen = jnp.pad(seen, ((0, 0), (0, 0), (0, -num_tokens % WORD)))
-  words = seen.reshape(len(seen), num_tokens, -1, WORD).astype(jnp.uint32)
-  words = words << np.arange(WORD, dtype=np.uint32)
-  words = words.sum(axis=-1, dtype=jnp.uint32).swapaxes(1, 2)
-  return jax.lax.bitcast_convert_type(words, jnp.int32)
+  words = pack_mask(block_mask(num_tokens, ancestors, window))
+  return jax.lax.bitcast_convert_type(words.swapaxes(1, 2), jnp.int32)
 
 
 def by_row(per_token: jax.Array, repeats: int) -> jax.Array:

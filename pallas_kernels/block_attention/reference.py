@@ -82,6 +82,15 @@ def block_mask(
   return jnp.asarray(seen[None])
 
 
+def pack_mask(seen: jax.Array) -> jax.Array:
+  """seen bool[B, P, P], which new keys each row sees -> u32[B, P, W]."""
+  batch, rows, columns = seen.shape
+  seen = jnp.pad(seen, ((0, 0), (0, 0), (0, -columns % WORD)))
+  words = seen.reshape(batch, rows, -1, WORD).astype(jnp.uint32)
+  words = words << np.arange(WORD, dtype=np.uint32)
+  return words.sum(axis=-1, dtype=jnp.uint32)
+
+
 def _visible(
   key: jax.Array, length: jax.Array, oldest: jax.Array | None
 ) -> jax.Array:

@@ -1,4 +1,4 @@
-"""block_verify on Hopper and Blackwell: three passes that stream logits.
+"""block_verify on Hopper and Blackwell: three passes that stream rows.
 
 A CTA is a warpgroup that loads a chunk of a row or two into registers, all of
 it at once, and reduces it to a number or two. There is no loop to keep full:
@@ -26,7 +26,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclasses.dataclass(frozen=True)
 class KernelPasses:
-  """The three passes; arguments of the operation, logits in float32.
+  """The three passes; arguments of the operation, in float32.
 
   Attributes:
     config: chunks.
@@ -35,61 +35,47 @@ class KernelPasses:
 
   rule: Rule
   config: Config
-  target_logits: jax.Array
-  draft_logits: jax.Array
+  target: jax.Array
+  draft: jax.Array
   seeds: jax.Array
   moments: jax.Array
   interpret: object = None
 
-  @property
-  def _rates(self) -> tuple[np.float32, np.float32]:
-    """log2(e) / temperature, of the target and of the drafter."""
+  def measure(self) -> tuple[Softmax, Softmax]:
     return (
-      np.float32(LOG2_E / self.rule.temperature),
-      np.float32(LOG2_E / self.rule.draft_temperature),
+      self._measure(self.target, self.rule.temperature),
+      self._measure(self.draft, self.rule.draft_temperature),
     )
 
-  def measure(self) -> tuple[Softmax, Softmax]:
-    B, P, V = self.draft_logits.shape
+  def _measure(self, rows: jax.Array, temperature: float | None) -> Softmax:
+    if temperature is None:
+      return Softmax.of_probabilities(rows)
+    B, T, V = rows.shape
     size = self.config.measured
     splits = pl.cdiv(V, size)
-    rates = self._rates
 
-    def body(target, draft, tops, totals):
+    def body(rows, tops, totals):
       sequence, row, split = map(lax.axis_index, ("sequence", "row", "split"))
-
-      def fold(logits, rate, keep):
-        logits = keep(logits, LOWEST)
-        top = jnp.maximum(jnp.max(logits), LOWEST)
-        tops[sequence, row, split] = top
-        totals[sequence, row, split] = jnp.sum(jnp.exp2((logits - top) * rate))
-
       chunk = Chunk.create(split, size, V)
 
-      @pl.when(row <= P)
-      def _target():
-        values = target.at[sequence, row]
-        chunk.visit(lambda keep: fold(chunk.load(values), rates[0], keep))
+      def fold(keep):
+        logits = keep(chunk.load(rows.at[sequence, row]), LOWEST)
+        top = jnp.maximum(jnp.max(logits), LOWEST)
+        tops[sequence, row, split] = top
+        powers = jnp.exp2((logits - top) * _rate(temperature))
+        totals[sequence, row, split] = jnp.sum(powers)
 
-      @pl.when(row > P)
-      def _draft():
-        values = draft.at[sequence, row - (P + 1)]
-        chunk.visit(lambda keep: fold(chunk.load(values), rates[1], keep))
+      chunk.visit(fold)
 
-    found = jax.ShapeDtypeStruct((B, 2 * P + 1, splits), jnp.float32)
-    kernel = self._kernel(
-      body, (found, found), fast=True, row=2 * P + 1, split=splits
-    )
-    tops, totals = kernel(self.target_logits, self.draft_logits)
-    return (
-      _merge(tops[:, : P + 1], totals[:, : P + 1], rates[0]),
-      _merge(tops[:, P + 1 :], totals[:, P + 1 :], rates[1]),
-    )
+    found = jax.ShapeDtypeStruct((B, T, splits), jnp.float32)
+    kernel = self._kernel(body, (found, found), fast=True, row=T, split=splits)
+    tops, totals = kernel(rows)
+    return _merge(tops, totals, _rate(temperature))
 
   def excess(
     self, weights: jax.Array, target: Softmax, draft: Softmax
   ) -> jax.Array:
-    B, P, V = self.draft_logits.shape
+    B, P, V = self.draft.shape
     size = self.config.compared
     splits = pl.cdiv(V, size)
 
@@ -115,10 +101,10 @@ class KernelPasses:
     )
     sums = jax.ShapeDtypeStruct((B, P - 1, splits), jnp.float32)
     kernel = self._kernel(body, sums, fast=True, row=P - 1, split=splits)
-    return kernel(self.target_logits, self.draft_logits, numbers).sum(axis=-1)
+    return kernel(self.target, self.draft, numbers).sum(axis=-1)
 
   def race(self, ending: Ending) -> jax.Array:
-    B, _, V = self.draft_logits.shape
+    B, _, V = self.draft.shape
     size = self.config.raced
     splits = pl.cdiv(V, size)
 
@@ -138,7 +124,7 @@ class KernelPasses:
       def spread(word):
         return lax.broadcast_in_dim(word.astype(jnp.uint32), (size,), ())
 
-      times = noise.race_times(
+      times = noise.race_times_at(
         spread(seed), spread(moment), ids, stream=stream, vocabulary=V
       )
       # A chunk that was moved back meets tokens twice, and draws the same.
@@ -157,8 +143,8 @@ class KernelPasses:
       for dtype in (jnp.float32, jnp.int32)
     )
     scores, winners = self._kernel(body, out_types, fast=False, split=splits)(
-      self.target_logits,
-      self.draft_logits,
+      self.target,
+      self.draft,
       Numbers.create(ending.scale, ending.target, ending.draft),
       jnp.stack([*words, seeds, self.moments], axis=1),
     )
@@ -168,12 +154,11 @@ class KernelPasses:
     return jnp.where(best[0] > 0, left, own)
 
   def _residual(
-    self, target_logits: jax.Array, draft_logits: jax.Array, numbers: "Numbers"
+    self, target: jax.Array, draft: jax.Array, numbers: "Numbers"
   ) -> tuple[jax.Array, jax.Array]:
     """scale p, and max(scale p - q, 0)."""
-    rates = self._rates
-    p = jnp.exp2((target_logits - numbers.top) * rates[0]) * numbers.share
-    q = jnp.exp2((draft_logits - numbers.draft_top) * rates[1])
+    p = _power(target, numbers.top, self.rule.temperature) * numbers.share
+    q = _power(draft, numbers.draft_top, self.rule.draft_temperature)
     return p, jnp.maximum(p - q * numbers.draft_share, np.float32(0))
 
   def _kernel(self, body, out_type, *, fast: bool, **axes: int):
@@ -187,13 +172,27 @@ class KernelPasses:
     return plgpu.kernel(
       body,
       out_type=out_type,
-      grid=(self.draft_logits.shape[0], *axes.values()),
+      grid=(self.draft.shape[0], *axes.values()),
       grid_names=("sequence", *axes),
       compiler_params=plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=fast
       ),
       interpret=self.interpret,
     )
+
+
+def _rate(temperature: float) -> np.float32:
+  """log2(e) / temperature."""
+  return np.float32(LOG2_E / temperature)
+
+
+def _power(
+  values: jax.Array, top: jax.Array, temperature: float | None
+) -> jax.Array:
+  """Of logits, what is proportional to their probabilities."""
+  if temperature is None:
+    return values
+  return jnp.exp2((values - top) * _rate(temperature))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +217,7 @@ class Numbers:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """Logits of a row; the last chunk is moved back so that it ends with the row.
+  """Tokens of a row; the last chunk is moved back so that it ends with the row.
 
   Attributes:
     begin: the first token that is this chunk's alone.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.noise import threefry
+from pallas_kernels import noise
 
 RULES = ("token", "block")
 
@@ -37,19 +37,19 @@ class Rule:
 
   Attributes:
     name: one of RULES.
-    temperature: of the target, > 0.
-    draft_temperature: that the drafts were drawn at, > 0.
+    temperature: > 0, of the target's logits; None if probabilities are given.
+    draft_temperature: likewise of the drafter's, that drafts were drawn at.
     streams: of the draws.
   """
 
   name: str
-  temperature: float
-  draft_temperature: float
+  temperature: float | None
+  draft_temperature: float | None
   streams: Streams
 
 
 class Softmax(NamedTuple):
-  """What turns a row's logits into probabilities.
+  """What turns a row of logits into probabilities.
 
   Attributes:
     top: f32, the largest logit.
@@ -59,9 +59,16 @@ class Softmax(NamedTuple):
   top: jax.Array
   share: jax.Array
 
-  def at(self, logits: jax.Array, temperature: float) -> jax.Array:
-    """Probabilities of some logits."""
-    scaled = (logits - self.top) * np.float32(1 / temperature)
+  @classmethod
+  def of_probabilities(cls, rows: jax.Array) -> "Softmax":
+    """Of rows f32[..., V] that need none."""
+    return cls(jnp.zeros(rows.shape[:-1]), jnp.ones(rows.shape[:-1]))
+
+  def at(self, values: jax.Array, temperature: float | None) -> jax.Array:
+    """Probabilities of some logits, or of probabilities."""
+    if temperature is None:
+      return values * self.share
+    scaled = (values - self.top) * np.float32(1 / temperature)
     return jnp.exp(scaled) * self.share
 
 
@@ -106,36 +113,46 @@ class Passes(Protocol):
 def verify(
   rule: Rule,
   passes: Passes,
-  target_logits: jax.Array,
-  draft_logits: jax.Array,
+  target: jax.Array,
+  draft: jax.Array,
   drafts: jax.Array,
   seeds: jax.Array,
   moments: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """accepted i32[B] and last i32[B], of arguments as in the operation."""
-  target, draft = passes.measure()
+  softmaxes = passes.measure()
+  odds, scales = weigh(rule, passes, softmaxes, target, draft, drafts)
+  draws = noise.uniform(rule.streams.accept, seeds, moments, drafts.shape[1])
+  count = count_leading if rule.name == "token" else find_last
+  accepted = count(draws <= odds)
+  scale = _pick_row(scales, accepted)
+  return accepted, passes.race(end(rule, accepted, scale, *softmaxes))
+
+
+def weigh(
+  rule: Rule,
+  passes: Passes,
+  softmaxes: tuple[Softmax, Softmax],
+  target: jax.Array,
+  draft: jax.Array,
+  drafts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Odds f32[B, P] of the drafts; the scale f32[B, P + 1] of each ending."""
   P = drafts.shape[1]
   # From all rows: a slice of the logits would be a copy of them.
-  p = target.at(
-    _pick(target_logits, jnp.pad(drafts, ((0, 0), (0, 1)))), rule.temperature
+  p = softmaxes[0].at(
+    _pick(target, jnp.pad(drafts, ((0, 0), (0, 1)))), rule.temperature
   )
-  q = draft.at(_pick(draft_logits, drafts), rule.draft_temperature)
+  q = softmaxes[1].at(_pick(draft, drafts), rule.draft_temperature)
   ratios = p[:, :P] / q
-  stream = jnp.full_like(moments, rule.streams.accept)
-  draws = uniform(stream, seeds, moments, P)
   if rule.name == "token":
-    accepted = _count_leading(draws <= jnp.minimum(ratios, 1.0))
-    scale = jnp.ones_like(ratios[:, 0])
-  else:
-    weights = block_weights(ratios)
-    inner = weights[:, :-1]
-    if P > 1:
-      inner = block_odds(passes.excess(inner, target, draft), inner)
-    odds = jnp.concatenate([inner, weights[:, -1:]], axis=1)
-    accepted = _find_last(draws <= odds)
-    weights = jnp.pad(weights, ((0, 0), (1, 0)), constant_values=1.0)
-    scale = _pick_row(weights, accepted)
-  return accepted, passes.race(_end(rule, accepted, scale, target, draft))
+    return jnp.minimum(ratios, 1.0), jnp.ones_like(p)
+  weights = block_weights(ratios)
+  inner = weights[:, :-1]
+  if P > 1:
+    inner = block_odds(passes.excess(inner, *softmaxes), inner)
+  odds = jnp.concatenate([inner, weights[:, -1:]], axis=1)
+  return odds, jnp.pad(weights, ((0, 0), (1, 0)), constant_values=1.0)
 
 
 def block_weights(ratios: jax.Array) -> jax.Array:
@@ -155,32 +172,14 @@ def block_odds(excess: jax.Array, weights: jax.Array) -> jax.Array:
   return jnp.where(total > 0, excess / jnp.where(total > 0, total, 1.0), 1.0)
 
 
-def uniform(
-  streams: jax.Array, seeds: jax.Array, moments: jax.Array, count: int
-) -> jax.Array:
-  """f32[B, count] in (0, 1], by address.
-
-  Args:
-    streams: i32[B], what the draws are for.
-    seeds: u32[B].
-    moments: i32[B].
-    count: draws per row; a cipher block serves i and i + ceil(count / 2).
-  """
-  pairs = jnp.arange(-(-count // 2), dtype=jnp.uint32)
-
-  def spread(word):
-    shape = (seeds.shape[0], pairs.shape[0])
-    return jnp.broadcast_to(word.astype(jnp.uint32), shape)
-
-  halves = threefry(
-    (spread(seeds[:, None]), spread(moments[:, None])),
-    (spread(pairs), spread(streams[:, None])),
-  )
-  bits = jnp.concatenate(halves, axis=-1)[:, :count].astype(jnp.float32)
-  return (bits + 0.5) * np.float32(2.0**-32)
-
-
-def _end(rule, accepted, scale, target: Softmax, draft: Softmax) -> Ending:
+def end(
+  rule: Rule,
+  accepted: jax.Array,
+  scale: jax.Array,
+  target: Softmax,
+  draft: Softmax,
+) -> Ending:
+  """The ending of rounds that accept i32[B] drafts, their law scaled f32[B]."""
   P = draft.top.shape[1]
   rejected = accepted < P
   draft_row = jnp.minimum(accepted, P - 1)
@@ -195,9 +194,9 @@ def _end(rule, accepted, scale, target: Softmax, draft: Softmax) -> Ending:
   )
 
 
-def _pick(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """logits f[B, T, V] at tokens i32[B, T]."""
-  return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+def _pick(rows: jax.Array, tokens: jax.Array) -> jax.Array:
+  """rows f32[B, T, V] at tokens i32[B, T]."""
+  return jnp.take_along_axis(rows, tokens[..., None], axis=-1)[..., 0]
 
 
 def _pick_row(values: jax.Array, rows: jax.Array) -> jax.Array:
@@ -205,12 +204,12 @@ def _pick_row(values: jax.Array, rows: jax.Array) -> jax.Array:
   return jnp.take_along_axis(values, rows[:, None], axis=1)[:, 0]
 
 
-def _count_leading(kept: jax.Array) -> jax.Array:
+def count_leading(kept: jax.Array) -> jax.Array:
   """kept bool[B, P] -> i32[B], the number before the first not kept."""
   return jnp.cumprod(kept.astype(jnp.int32), axis=1).sum(axis=1)
 
 
-def _find_last(kept: jax.Array) -> jax.Array:
+def find_last(kept: jax.Array) -> jax.Array:
   """kept bool[B, P] -> i32[B], place of the last kept, from 1; else 0."""
   places = jnp.arange(1, kept.shape[1] + 1, dtype=jnp.int32)
   return jnp.where(kept, places, 0).max(axis=1)

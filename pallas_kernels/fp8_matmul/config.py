@@ -5,6 +5,7 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from pallas_kernels.cases import Budget
+from pallas_kernels.tuning import tuned
 
 MAX_ROWS = 128  # of one tile; more rows take more tiles
 TILE_FEATURES = 128  # of the output, the MMA's long side
@@ -47,12 +48,21 @@ def choose_config(
   # TMA takes whole tiles only.
   tile_width = next(n for n in TILE_WIDTHS if width % n == 0)
   stage_bytes = (TILE_FEATURES + rows) * tile_width
-  return Config(
+  steps = width // tile_width
+  config = Config(
     rows=rows,
     tile_width=tile_width,
-    splits=choose_splits(features, width // tile_width, num_cores),
+    splits=choose_splits(features, steps, num_cores),
     stages=min(RING_BYTES // stage_bytes, MAX_STAGES),
   )
+
+  def find_fault(config: Config) -> str | None:
+    if not config.splits or steps % config.splits:
+      return f"splits must divide the {steps} steps of the width"
+    return None
+
+  shape = {"features": features, "width": width}
+  return tuned("fp8_matmul", shape, config, find_fault)
 
 
 def choose_splits(features: int, steps: int, num_cores: int) -> int:

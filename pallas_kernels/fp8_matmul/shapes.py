@@ -35,4 +35,5 @@ def _case(model: str, width: int, features: int, rows: int) -> Case:
     ),
     bytes=features * width + rows * (width + 4 * features),
     flops=2 * features * width * rows,
+    is_twin=rows != 16 and width != features,
   )

@@ -15,6 +15,7 @@ from pallas_kernels.lm_head_verify.config import Config, choose_config
 from pallas_kernels.lm_head_verify.row_stats import Draws, RowStats, merge
 
 NAME = "lm_head_verify"
+COPIED_ROWS = 8  # what a copy engine takes at a time
 KERNELS = {
   "sm90": kernel_sm90.partial_stats,
   "sm100": kernel_sm100.partial_stats,
@@ -39,7 +40,7 @@ def lm_head_verify(
   Args:
     hidden: f[M, D], after the final norm.
     head: f[V, D] for vocab_axis=0, as tied embeddings are stored; else f[D, V].
-    tokens: i32[M], whose logits are asked for; token 0 if None.
+    tokens: i32[M], whose logits are asked for, or None.
     draws: noise of one draw per row from softmax(logits / temperature).
     vocab_axis: 0 or 1.
     softcap: c in c tanh(logits / c).
@@ -50,8 +51,6 @@ def lm_head_verify(
     NotImplementedError: an implementation that cannot run here, or not on them.
   """
   _check(hidden, head, tokens, draws, vocab_axis, softcap)
-  if tokens is None:
-    tokens = jnp.zeros(hidden.shape[:1], jnp.int32)
   limit = _kernel_limit(hidden, head)
   chosen, device = dispatch.choose(NAME, implementation, limit)
   if chosen == "xla":
@@ -76,7 +75,7 @@ def run_kernel(
   device: Device,
   hidden: jax.Array,
   head: jax.Array,
-  tokens: jax.Array,
+  tokens: jax.Array | None,
   draws: Draws | None,
   *,
   vocab_axis: int,
@@ -87,24 +86,22 @@ def run_kernel(
   """Pads rows, runs a kernel, and merges what its CTAs found."""
   M = hidden.shape[0]
   config = config or choose_config(architecture, M, draws=draws is not None)
-  missing = -M % config.rows
   work = tiles.Work.cut(
-    M + missing,
+    M,
     head.shape,
     draws,
+    asks=tokens is not None,
     vocab_axis=vocab_axis,
     softcap=softcap,
     config=config,
     num_ctas=device.num_cores,
   )
+  # The copy engine fills up a tile with zeros, from whole eights on.
+  rows = jnp.pad(hidden.astype(head.dtype), ((0, -M % COPIED_ROWS), (0, 0)))
   parts = KERNELS[architecture](
-    work,
-    jnp.pad(hidden.astype(head.dtype), ((0, missing), (0, 0))),
-    head,
-    jnp.pad(tiles.addresses(tokens, draws), ((0, 0), (0, missing))),
-    interpret,
+    work, rows, head, tiles.addresses(work, tokens, draws), interpret
   )
-  return jax.tree.map(lambda rows: rows[:M], merge(parts))
+  return jax.tree.map(lambda x: x[:M], merge(parts))
 
 
 def _check(hidden, head, tokens, draws, vocab_axis, softcap) -> None:

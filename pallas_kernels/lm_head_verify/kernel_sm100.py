@@ -29,37 +29,28 @@ def partial_stats(
   work: Work,
   hidden: jax.Array,
   head: jax.Array,
-  addresses: jax.Array,
+  addresses: tuple[jax.Array, ...],
   interpret: object = None,
 ) -> Partial:
   """Statistics [C, M] of the parts of the vocabulary.
 
   Args:
     work: how the product is cut.
-    hidden: bf16[M, D], M a multiple of work.config.rows.
+    hidden: bf16[M, D], M a multiple of 8; rows of a tile beyond M are 0.
     head: bf16[V, D], or [D, V] as work.vocab_axis says.
-    addresses: i32[3, M], see tiles.addresses.
+    addresses: of all rows, see tiles.addresses.
     interpret: parameters of the interpreter, for a machine without the device.
   """
   config, steps, stages = work.config, work.steps, work.config.stages
+  num_inputs = len(addresses)
   acc_rows, acc_columns = work.logits_shape(config.rows, config.tile_vocab)
   layout = BY_QUAD if config.swapped else BY_ROW
   chunk = min(config.chunk, acc_columns)
 
   def body(
-    hidden,
-    head,
-    addresses,
-    floats,
-    ids,
-    hidden_s,
-    head_s,
-    acc,
-    loaded,
-    consumed,
-    done,
-    free,
+    hidden, head, *others, hidden_s, head_s, acc, loaded, consumed, done, free
   ):
+    addresses, found = others[:num_inputs], others[num_inputs:]
     row_tile, cta = lax.axis_index("rows"), lax.axis_index("cta")
     num_tiles = work.num_tiles(cta)
     all_rows = pl.ds(row_tile * config.rows, config.rows)
@@ -137,7 +128,7 @@ def partial_stats(
 
       def address(index):
         return plgpu.load(
-          addresses.at[index, all_rows], layout=row_layout, optimized=False
+          addresses[0].at[index, all_rows], layout=row_layout, optimized=False
         )
 
       def visit(tile, part):
@@ -160,12 +151,12 @@ def partial_stats(
 
       part = tiles.start(work, config.rows, row_layout)
       part = lax.fori_loop(0, num_tiles, visit, part)
-      tiles.write(part, floats, ids, cta, all_rows)
+      tiles.write(work, part, found, cta, all_rows)
 
   dtype = head.dtype
   kernel = plgpu.kernel(
     body,
-    out_type=work.out_types(hidden.shape[0]),
+    out_type=work.out_types(),
     grid=(work.ctas, work.row_tiles),
     grid_names=("cta", "rows"),
     num_threads=2,
@@ -184,4 +175,4 @@ def partial_stats(
     ),
     interpret=interpret,
   )
-  return tiles.read(*kernel(hidden, head, addresses))
+  return tiles.read(work, kernel(hidden, head, *addresses))

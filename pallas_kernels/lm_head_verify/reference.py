@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.lm_head_verify.row_stats import LOWEST, Draws, RowStats
-from pallas_kernels.noise import bits_of
+from pallas_kernels.noise import race_times
 
 TILE = 128  # logits per block of the two-level argmax
 
@@ -13,7 +12,7 @@ TILE = 128  # logits per block of the two-level argmax
 def lm_head_verify(
   hidden: jax.Array,
   head: jax.Array,
-  tokens: jax.Array,
+  tokens: jax.Array | None,
   draws: Draws | None,
   *,
   vocab_axis: int,
@@ -25,7 +24,9 @@ def lm_head_verify(
   ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
   top = logits.max(axis=-1)
   others = jnp.where(ids == best[:, None], LOWEST, logits)
-  given = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  given = None
+  if tokens is not None:
+    given = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return RowStats(
     best=best,
     top=top,
@@ -72,11 +73,5 @@ def sample(logits: jax.Array, draws: Draws) -> jax.Array:
   """i32[M]: argmax of exp(logit / temperature) / race time."""
   top = logits.max(axis=-1, keepdims=True)
   weights = jnp.exp((logits - top) / draws.temperature)
-  return argmax(weights / race_times(draws, logits.shape[-1]))
-
-
-def race_times(draws: Draws, vocabulary: int) -> jax.Array:
-  """f32[M, V] > 0, exponential of mean 1: how late each token arrives."""
-  bits = bits_of(draws.stream, draws.seeds, draws.moments, vocabulary)
-  u = (bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
-  return -jnp.log1p(-u)
+  times = race_times(draws.stream, draws.seeds, draws.moments, logits.shape[-1])
+  return argmax(weights / times)

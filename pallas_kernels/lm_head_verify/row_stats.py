@@ -1,7 +1,7 @@
 """What verification needs to know of a row of logits, and how parts combine."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ class RowStats:
     top: f32[M], its logit.
     margin: f32[M], how far the runner-up lies below it.
     logsumexp: f32[M].
-    given: f32[M], the logit of the token asked about.
+    given: f32[M], the logit of the token asked about; None unless tokens were
+      given.
     sample: i32[M], a draw from softmax(logits / temperature); None unless draws
       were given.
   """
@@ -31,7 +32,7 @@ class RowStats:
   top: jax.Array
   margin: jax.Array
   logsumexp: jax.Array
-  given: jax.Array
+  given: jax.Array | None
   sample: jax.Array | None
 
 
@@ -53,22 +54,34 @@ class Draws:
 
 
 class Partial(NamedTuple):
-  """Statistics of some of a row's logits; `race` and `winner` with draws."""
+  """Statistics of some of a row's logits; None for what is not asked."""
 
   top: jax.Array
   second: jax.Array
   total: jax.Array
   best: jax.Array
-  given: jax.Array
-  race: jax.Array | None
-  winner: jax.Array | None
+  given: jax.Array | None = None
+  race: jax.Array | None = None
+  winner: jax.Array | None = None
+
+
+# Of no logits at all.
+NOTHING: dict[str, Any] = dict(
+  top=LOWEST,
+  second=LOWEST,
+  total=np.float32(0),
+  best=NO_TOKEN,
+  given=np.float32(0),
+  race=LOWEST,
+  winner=NO_TOKEN,
+)
 
 
 def fold(
   part: Partial,
   logits: jax.Array,
   ids: jax.Array,
-  tokens: jax.Array,
+  tokens: jax.Array | None,
   scores: jax.Array | None,
   *,
   vocab_axis: int,
@@ -80,7 +93,7 @@ def fold(
     logits: f32, tokens of the vocabulary along vocab_axis; LOWEST where there
       is none.
     ids: i32, the token of each element.
-    tokens: i32, one per row: whose logit is asked for.
+    tokens: i32, one per row: whose logit is asked for; or None.
     scores: f32, logit / temperature - log(race time), or None.
     vocab_axis: 0 or 1.
   """
@@ -100,8 +113,11 @@ def fold(
   top = jnp.maximum(part.top, tile_top)
   runner_up = jnp.minimum(part.top, tile_top)
   weights = jnp.exp(logits - spread(top))
-  asked = jnp.where(ids == spread(tokens), logits, np.float32(0))
-  race, winner = part.race, part.winner
+  given, race, winner = part.given, part.race, part.winner
+  if tokens is not None:
+    assert given is not None
+    asked = jnp.where(ids == spread(tokens), logits, np.float32(0))
+    given = given + jnp.sum(asked, axis=vocab_axis)
   if scores is not None:
     assert race is not None and winner is not None
     tile_race = jnp.max(scores, axis=vocab_axis)
@@ -114,29 +130,53 @@ def fold(
     total=part.total * jnp.exp(part.top - top)
     + jnp.sum(weights, axis=vocab_axis),
     best=jnp.where(tile_top > part.top, tile_best, part.best),
-    given=part.given + jnp.sum(asked, axis=vocab_axis),
+    given=given,
     race=race,
     winner=winner,
   )
 
 
 def merge(parts: Partial) -> RowStats:
-  """Parts [C, M] of disjoint tokens, whatever their order -> the whole."""
-  top = parts.top.max(axis=0)
-  holds_top = parts.top == top
-  best = jnp.where(holds_top, parts.best, NO_TOKEN).min(axis=0)
-  is_best = holds_top & (parts.best == best)
-  second = jnp.where(is_best, parts.second, parts.top).max(axis=0)
-  total = (parts.total * jnp.exp(parts.top - top)).sum(axis=0)
-  sample = None
-  if parts.race is not None and parts.winner is not None:
-    wins = parts.race == parts.race.max(axis=0)
-    sample = jnp.where(wins, parts.winner, NO_TOKEN).min(axis=0)
+  """Parts [C, M] of disjoint tokens, whatever their order -> the whole.
+
+  One reduction, which is one launch on a GPU.
+  """
+  found = {name for name in NOTHING if getattr(parts, name) is not None}
+  nothing = Partial(**{name: NOTHING[name] for name in found})
+  whole = lax.reduce(parts, nothing, _combine, (0,))
   return RowStats(
-    best=best,
-    top=top,
-    margin=top - second,
-    logsumexp=top + jnp.log(total),
-    given=parts.given.sum(axis=0),
-    sample=sample,
+    best=whole.best,
+    top=whole.top,
+    margin=whole.top - whole.second,
+    logsumexp=whole.top + jnp.log(whole.total),
+    given=whole.given,
+    sample=whole.winner,
   )
+
+
+def _combine(left: Partial, right: Partial) -> Partial:
+  top = jnp.maximum(left.top, right.top)
+  runner_up = jnp.minimum(left.top, right.top)
+  given, race, winner = left.given, left.race, left.winner
+  if given is not None and right.given is not None:
+    given = given + right.given
+  if race is not None and right.race is not None:
+    winner = _first(race, winner, right.race, right.winner)
+    race = jnp.maximum(race, right.race)
+  return Partial(
+    top=top,
+    second=jnp.maximum(runner_up, jnp.maximum(left.second, right.second)),
+    total=left.total * jnp.exp(left.top - top)
+    + right.total * jnp.exp(right.top - top),
+    best=_first(left.top, left.best, right.top, right.best),
+    given=given,
+    race=race,
+    winner=winner,
+  )
+
+
+def _first(top, token, other_top, other):
+  """The token with the higher top, the lower one of a tie."""
+  lower = jnp.minimum(token, other)
+  higher = jnp.where(top > other_top, token, other)
+  return jnp.where(top == other_top, lower, higher)

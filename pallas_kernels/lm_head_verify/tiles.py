@@ -19,15 +19,13 @@ from pallas_kernels import noise
 from pallas_kernels.lm_head_verify.config import Config
 from pallas_kernels.lm_head_verify.row_stats import (
   LOWEST,
-  NO_TOKEN,
+  NOTHING,
   Draws,
   Partial,
   fold,
 )
 
-FLOATS = ("top", "second", "total", "given", "race")
-IDS = ("best", "winner")
-NUM_ADDRESSES = 3  # token asked about, seed, moment
+IDS = ("best", "winner")  # fields of Partial that are i32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Work:
     row_tiles: of hidden states.
     ctas: that share the vocabulary, for each tile of rows.
     softcap: of the logits, or None.
+    asks: whether the logit of a given token is asked for.
     temperature, stream: of the draws; temperature None without draws.
   """
 
@@ -51,6 +50,7 @@ class Work:
   row_tiles: int
   ctas: int
   softcap: float | None
+  asks: bool
   temperature: float | None
   stream: int
 
@@ -61,14 +61,15 @@ class Work:
     head_shape: tuple[int, ...],
     draws: Draws | None,
     *,
+    asks: bool,
     vocab_axis: int,
     softcap: float | None,
     config: Config,
     num_ctas: int,
   ) -> "Work":
-    """Cuts num_rows, a multiple of config.rows, times a head."""
+    """Cuts num_rows rows times a head."""
     vocabulary, width = head_shape[vocab_axis], head_shape[1 - vocab_axis]
-    row_tiles = num_rows // config.rows
+    row_tiles = pl.cdiv(num_rows, config.rows)
     vocab_tiles = pl.cdiv(vocabulary, config.tile_vocab)
     return cls(
       config=config,
@@ -78,6 +79,7 @@ class Work:
       row_tiles=row_tiles,
       ctas=max(1, min(num_ctas // row_tiles, vocab_tiles)),
       softcap=softcap,
+      asks=asks,
       temperature=None if draws is None else draws.temperature,
       stream=0 if draws is None else draws.stream,
     )
@@ -130,21 +132,49 @@ class Work:
   def logits_vocab_axis(self) -> int:
     return 0 if self.config.swapped else 1
 
-  def out_types(self, num_rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Partial statistics, one row of each kind per CTA."""
-    num_floats, num_ids = (5, 2) if self.temperature is not None else (4, 1)
-    return (
-      jax.ShapeDtypeStruct((num_floats, self.ctas, num_rows), jnp.float32),
-      jax.ShapeDtypeStruct((num_ids, self.ctas, num_rows), jnp.int32),
+  @property
+  def num_rows(self) -> int:
+    """Of all tiles."""
+    return self.row_tiles * self.config.rows
+
+  @property
+  def draws(self) -> bool:
+    return self.temperature is not None
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    """Of Partial: what is found."""
+    asked = ("given",) if self.asks else ()
+    drawn = ("race", "winner") if self.draws else ()
+    return ("top", "second", "total", "best", *asked, *drawn)
+
+  def out_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of each field, [CTAs, rows]; arrays of their own need no slicing."""
+    return tuple(
+      jax.ShapeDtypeStruct(
+        (self.ctas, self.num_rows), jnp.int32 if name in IDS else jnp.float32
+      )
+      for name in self.fields
     )
 
 
-def addresses(tokens: jax.Array, draws: Draws | None) -> jax.Array:
-  """i32[3, M]: token asked about, seed and moment of each row."""
-  if draws is None:
-    return jnp.stack([tokens, tokens * 0, tokens * 0])
-  seeds = lax.bitcast_convert_type(draws.seeds, jnp.int32)
-  return jnp.stack([tokens, seeds, draws.moments])
+def addresses(
+  work: Work, tokens: jax.Array | None, draws: Draws | None
+) -> tuple[jax.Array, ...]:
+  """(i32[n, num_rows],): seed and moment if rows are drawn, token asked about.
+
+  Nothing at all if there is none of them.
+  """
+  words = []
+  if draws is not None:
+    seeds = lax.bitcast_convert_type(draws.seeds, jnp.int32)
+    words += [seeds, draws.moments]
+  if tokens is not None:
+    words.append(tokens)
+  if not words:
+    return ()
+  rows = jnp.stack(words)
+  return (jnp.pad(rows, ((0, 0), (0, work.num_rows - rows.shape[1]))),)
 
 
 def start(work: Work, rows: int, row_layout) -> Partial:
@@ -154,16 +184,7 @@ def start(work: Work, rows: int, row_layout) -> Partial:
     dtype = jnp.result_type(value)
     return plgpu.layout_cast(jnp.full((rows,), value, dtype), row_layout)
 
-  draws = work.temperature is not None
-  return Partial(
-    top=fill(LOWEST),
-    second=fill(LOWEST),
-    total=fill(np.float32(0)),
-    best=fill(NO_TOKEN),
-    given=fill(np.float32(0)),
-    race=fill(LOWEST) if draws else None,
-    winner=fill(NO_TOKEN) if draws else None,
-  )
+  return Partial(**{name: fill(NOTHING[name]) for name in work.fields})
 
 
 def fold_tile(
@@ -181,7 +202,7 @@ def fold_tile(
     part: statistics so far.
     logits: f32 of work.logits_shape.
     first: i32, the first token of the tile.
-    address: index -> that address of each row, i32.
+    address: index -> that row of `addresses`, i32.
     layout: of the logits in registers.
   """
   axis = work.logits_vocab_axis
@@ -198,30 +219,25 @@ def fold_tile(
       rows = address(index)
       return lax.broadcast_in_dim(rows, logits.shape, (1 - axis,))
 
-    times = noise.race_times(
+    times = noise.race_times_at(
+      spread(0).astype(jnp.uint32),
       spread(1).astype(jnp.uint32),
-      spread(2).astype(jnp.uint32),
       ids,
       stream=work.stream,
       vocabulary=work.vocabulary,
     )
     scores = logits * np.float32(1 / work.temperature) - jnp.log(times)
     scores = jnp.where(is_token, scores, LOWEST)
-  return fold(part, logits, ids, address(0), scores, vocab_axis=axis)
+  tokens = address(2 if work.draws else 0) if work.asks else None
+  return fold(part, logits, ids, tokens, scores, vocab_axis=axis)
 
 
-def write(part: Partial, floats, ids, cta: jax.Array, rows) -> None:
+def write(work: Work, part: Partial, found, cta: jax.Array, rows) -> None:
   """Leaves a CTA's statistics of some rows in global memory."""
-  for index, name in enumerate(FLOATS[: floats.shape[0]]):
-    floats[index, cta, rows] = getattr(part, name)
-  for index, name in enumerate(IDS[: ids.shape[0]]):
-    ids[index, cta, rows] = getattr(part, name)
+  for output, name in zip(found, work.fields, strict=True):
+    output[cta, rows] = getattr(part, name)
 
 
-def read(floats: jax.Array, ids: jax.Array) -> Partial:
-  """The kernels' two outputs, by name."""
-  race = winner = None
-  if floats.shape[0] == len(FLOATS):
-    race, winner = floats[4], ids[1]
-  top, second, total, given = floats[:4]
-  return Partial(top, second, total, ids[0], given, race, winner)
+def read(work: Work, found: tuple[jax.Array, ...]) -> Partial:
+  """The kernels' outputs, by name."""
+  return Partial(**dict(zip(work.fields, found, strict=True)))

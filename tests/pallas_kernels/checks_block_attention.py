@@ -27,6 +27,7 @@ def block_attention(
   kv_heads: int = 1,
   head_width: int = 64,
   tree: bool = False,
+  block: bool = False,
   window: int | None = None,
   prefix: tuple[int, int] | None = None,
   split_tiles: int = 2,
@@ -42,6 +43,7 @@ def block_attention(
     tokens, slots, lengths: P, S, and of each sequence.
     heads, kv_heads, head_width: N, G, H.
     tree: a random one, or a chain.
+    block: a drafter's, whose rows see later ones too, and some see none.
     window, prefix: of the operation; slots and length of a prefix.
     split_tiles, stages: of the configuration.
     rising: later keys outweigh earlier ones by far.
@@ -74,6 +76,10 @@ def block_attention(
     jnp.array(lengths, jnp.int32),
     random_ancestors(rng, B, tokens) if tree else None,
   )
+  if block:
+    exists = np.arange(tokens) < rng.integers(1, tokens + 1, (B, 1, 1))
+    seen = jnp.array(exists | np.eye(tokens, dtype=bool))
+    more = (more[0], reference.pack_mask(seen))
   floats = [x.astype(jnp.float32) for x in (query, key, value, *past)]
   if common is not None:
     keywords["prefix"] = (

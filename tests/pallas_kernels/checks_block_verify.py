@@ -16,6 +16,7 @@ def block_verify(
   *,
   rule: str = "block",
   same: bool = False,
+  given: str = "logits",
   sizes: tuple[int, int, int] | None = None,
 ) -> None:
   """Compares every pass, the last one for sequences that end 0, 1, ... P deep.
@@ -25,6 +26,8 @@ def block_verify(
     rule: of the verdict.
     same: the drafter's law is the target's, which scaled down leaves nothing to
       recover from.
+    given: "logits"; "probabilities", a third of them 0, of both laws; "draft"
+      for the drafter's alone; "holes" for logits, a third of them -inf.
     sizes: of the chunks of the three passes.
   """
   from pallas_kernels.block_verify import api
@@ -38,14 +41,20 @@ def block_verify(
   draft_logits = target_logits[:, :-1]
   if not same:
     draft_logits = draft_logits + rng.normal(size=draft_logits.shape)
-  drafts = (draft_logits + rng.gumbel(size=draft_logits.shape)).argmax(-1)
-  settings = rules.Rule(
-    rule,
-    TEMPERATURE,
-    TEMPERATURE if same else 1.1,
-    rules.Streams(**STREAMS),
-  )
-  logits = [jnp.array(x, jnp.float32) for x in (target_logits, draft_logits)]
+  laws, temperatures = [target_logits, draft_logits], [TEMPERATURE, 1.1]
+  if given in ("holes", "probabilities"):
+    for law in laws:
+      law[rng.random(law.shape) < 1 / 3] = -np.inf
+      law[..., vocabulary // 2 :][..., :512] = -np.inf  # a whole chunk
+  if same:
+    temperatures[1] = TEMPERATURE
+  drafts = (laws[1] + rng.gumbel(size=draft_logits.shape)).argmax(-1)
+  for index in {"draft": (1,), "probabilities": (0, 1)}.get(given, ()):
+    law = np.exp(laws[index] / temperatures[index])
+    laws[index] = law / law.sum(axis=-1, keepdims=True)
+    temperatures[index] = None
+  settings = rules.Rule(rule, *temperatures, rules.Streams(**STREAMS))
+  logits = [jnp.array(x, jnp.float32) for x in laws]
   seeds = jnp.array(rng.integers(0, 2**32, batch, np.uint32))
   moments = jnp.array(rng.integers(0, 9999, batch), jnp.int32)
   config = Config(*sizes) if sizes else choose_config(vocabulary)
@@ -62,7 +71,7 @@ def block_verify(
     excess = got.excess(*passes)
     np.testing.assert_allclose(excess, want.excess(*passes), 3e-6, 1e-6)
   ends = jnp.arange(batch, dtype=jnp.int32) % (drafted + 1)
-  ending = rules._end(settings, ends, weights[:, 0], target, draft)
+  ending = rules.end(settings, ends, weights[:, 0], target, draft)
   np.testing.assert_array_equal(got.race(ending), want.race(ending))
   arguments = *logits, jnp.array(drafts, jnp.int32), seeds, moments
   found = api.run_kernel(

@@ -16,12 +16,15 @@ import pathlib
 import selectors
 import subprocess
 import sys
+import time
 import traceback
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERDICT = "verdict: "  # begins a line of the child's output
 SOUND, RACE, HANG = "sound", "race", "hang"
+# A process whose threads all sleep, unchanged, in so many looks, hangs.
+LOOK, LOOKS = 0.5, 8  # seconds between them; how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ def _run_until_hang(jobs: list[Job], timeout: float) -> list[str]:
       child.stdin.flush()
       line = ""
       while not line.startswith(VERDICT):
-        if not ready.select(timeout):
+        if not _becomes_ready(ready, child.pid, timeout):
           child.kill()
           return [*found, HANG]
         line = child.stdout.readline()
@@ -90,6 +93,37 @@ def _run_until_hang(jobs: list[Job], timeout: float) -> list[str]:
           raise RuntimeError(f"the interpreter's process died at {job}")
       found.append(json.loads(line.removeprefix(VERDICT)))
     return found
+
+
+def _becomes_ready(
+  ready: selectors.BaseSelector, pid: int, timeout: float
+) -> bool:
+  """Whether there is output before the time is up, or all threads sleep."""
+  deadline, looks, last = time.monotonic() + timeout, 0, -1
+  while not ready.select(LOOK):
+    ticks = _ticks_if_asleep(pid)
+    looks = looks + 1 if ticks is not None and ticks == last else 0
+    last = -1 if ticks is None else ticks
+    if looks == LOOKS or time.monotonic() > deadline:
+      return False
+  return True
+
+
+def _ticks_if_asleep(pid: int) -> int | None:
+  """The time that a process has run, if no thread of it runs; None elsewhere.
+
+  Only Linux says so.
+  """
+  try:
+    threads = [
+      path.read_text().rpartition(")")[2].split()
+      for path in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")
+    ]
+  except OSError:  # A thread has just ended.
+    return None
+  if not threads or any(state != "S" for state, *_ in threads):
+    return None
+  return sum(int(fields[11]) + int(fields[12]) for fields in threads)
 
 
 # --- In the process of its own ------------------------------------------------

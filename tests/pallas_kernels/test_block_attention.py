@@ -9,7 +9,8 @@ EXACT = "tests.pallas_kernels.checks_block_attention:rows_are_exact"
 KERNELS = ("sm90", "sm100")
 # No slot, one row, fewer slots than a tile; empty splits, last tiles cut short;
 # more tiles than stages; two tiles of rows and of new keys; trees; windows that
-# begin in any tile, or within the block; prefixes; what models are served with.
+# begin in any tile, or within the block; prefixes; what models are served with;
+# blocks of a drafter.
 SHAPES = (
   dict(tokens=1, slots=8, lengths=[0]),
   dict(tokens=3, slots=328, lengths=[131], heads=6, kv_heads=2),
@@ -22,12 +23,15 @@ SHAPES = (
   dict(tokens=3, slots=72, lengths=[9, 64], prefix=(136, 136), window=75),
   dict(tokens=11, slots=328, lengths=[327], split_tiles=6, rising=True),
   dict(tokens=7, slots=200, lengths=[199], heads=9, kv_heads=3, default=True),
+  dict(tokens=7, slots=200, lengths=[0, 131], heads=2, block=True),
+  dict(tokens=37, slots=136, lengths=[130], block=True, window=67),
 )
 SHORT = dict(tokens=3, slots=200, lengths=[131], heads=2)
 EMPTY = dict(tokens=1, slots=200, lengths=[100])
 LONG = dict(tokens=2, slots=328, lengths=[321], split_tiles=6, rising=True)
 WIDE = dict(tokens=1, slots=8, lengths=[8], head_width=128)
 MANY = dict(tokens=67, slots=328, lengths=[321], split_tiles=6)
+BLOCK = dict(tokens=5, slots=8, lengths=[8], block=True)
 TREE = dict(tokens=37, slots=8, lengths=[8], heads=2, tree=True)
 WINDOW = dict(tokens=5, slots=328, lengths=[300], window=105)
 BLIND = dict(tokens=67, slots=8, lengths=[8], window=3, steep=True)
@@ -60,6 +64,13 @@ def test_a_row_gets_the_same_bits_in_any_company(architecture):
 # --- Planted bugs -------------------------------------------------------------
 
 SHARED = (
+  (
+    "rows of a block see its first keys alone",
+    "splits.py",
+    "jnp.where(of_block != 0, seen, exist)",
+    "jnp.where(of_block != 0, seen & 3, exist)",
+    BLOCK,
+  ),
   (
     "one slot too many is seen",
     "splits.py",
@@ -391,5 +402,8 @@ def test_planted_bugs_are_noticed(architecture):
 @pytest.mark.parametrize("architecture", KERNELS)
 def test_without_a_bug_the_same_shapes_are_sound(architecture):
   """Else a bug might be noticed for nothing."""
-  shapes = (SHORT, EMPTY, LONG, WIDE, MANY, TREE, WINDOW, BLIND, BATCH, PREFIX)
+  shapes = (
+    *(SHORT, EMPTY, LONG, WIDE, MANY, TREE, BLOCK, WINDOW, BLIND, BATCH),
+    PREFIX,
+  )
   assert run(jobs(architecture, shapes), 60) == [SOUND] * len(shapes)

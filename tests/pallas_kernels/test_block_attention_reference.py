@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dflash_jax import layers
 from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_attention.reference import pack_mask
 from tests.pallas_kernels.checks_block_attention import random_ancestors
 
 
@@ -108,6 +110,41 @@ def test_a_node_gets_what_the_last_token_of_its_path_gets():
       np.testing.assert_allclose(chain[0, -1], found[row, node], 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 2, 7, 40])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_a_drafters_block_gets_what_two_attentions_merged_get(
+  window, causal, tokens
+):
+  """As DFlash attends: context, in its window, and slots that exist."""
+  length = jnp.array([13, 4], jnp.int32)
+  query, key, value, *past, _ = operands(tokens=tokens)
+  slots = jnp.arange(tokens)
+  ahead = slots[None, :] - slots[:, None]
+  near = abs(ahead) < (window or tokens)
+  mask = (near & (ahead <= 0) if causal else near)[None]
+  exists = slots < jnp.array([tokens, 3])[:, None]
+  seen = mask & exists[:, None]
+  age = length[:, None, None] + slots[:, None] - jnp.arange(13)
+  visible = (jnp.arange(13) < length[:, None, None]) & (age < (window or 99))
+  want = layers.merge_attention(
+    layers.attend_with_lse(query, *past, visible),
+    layers.attend_with_lse(query, key, value, seen),
+  )
+  found = block_attention(
+    query,
+    key,
+    value,
+    *past,
+    length,
+    pack_mask(seen | jnp.eye(tokens, dtype=bool)),
+    window=window,
+  )
+  np.testing.assert_allclose(
+    np.asarray(found)[exists], np.asarray(want)[exists], 2e-5, 2e-6
+  )
+
+
 def test_bits_past_the_last_token_mean_nothing():
   arrays = operands(tokens=3)
   ancestors = np.array([[[1], [3], [7]]] * 2, np.uint32)
@@ -138,7 +175,6 @@ def given(**changed):
     (dict(key=np.zeros((2, 2, 5, 8), jnp.bfloat16)), "but key is bfloat16"),
     (dict(ancestors=np.zeros((2, 5, 2), np.uint32)), "ancestors has shape"),
     (dict(ancestors=np.zeros((2, 5, 1), np.int32)), "ancestors is int32"),
-    (dict(ancestors=np.zeros((2, 5, 1), np.uint32), window=3), "for chains"),
     (dict(window=0), "window=0"),
     (dict(scale=0.0), "scale=0.0"),
     (dict(prefix=shared_prefix(kv_heads=1)), "prefix key has shape"),

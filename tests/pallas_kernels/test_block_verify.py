@@ -7,8 +7,9 @@ from tests.pallas_kernels.interpreter import SOUND, Job, Mutant, run
 CHECK = "tests.pallas_kernels.checks_block_verify:block_verify"
 SMALL = dict(batch=3, drafted=2, vocabulary=1100, sizes=(512, 1024, 512))
 EMPTY = dict(batch=2, drafted=1, vocabulary=1028, same=True)
+GIVEN = SMALL | dict(given="probabilities")
 # One draft and one chunk; last chunks of 4 to all tokens of their own; the
-# default chunks; more rows than a chunk has; an empty residual.
+# default chunks; more rows than a chunk has; an empty residual; zeros in laws.
 SHAPES = (
   dict(batch=1, drafted=1, vocabulary=512),
   dict(batch=2, drafted=1, vocabulary=1532, rule="token"),
@@ -16,6 +17,9 @@ SHAPES = (
   dict(batch=1, drafted=2, vocabulary=4108),
   EMPTY,
   dict(batch=1, drafted=7, vocabulary=516),
+  GIVEN,
+  SMALL | dict(given="draft", rule="token"),
+  SMALL | dict(given="holes", vocabulary=1532, sizes=(512, 512, 512)),
 )
 
 
@@ -40,14 +44,25 @@ MUTANTS = (
     "begin",
   ),
   planted(
-    "the drafter's rows are one off",
-    "draft.at[sequence, row - (P + 1)]",
-    "draft.at[sequence, lax.rem(row, P)]",
+    "every sequence has the sums of the first",
+    "chunk.load(rows.at[sequence, row])",
+    "chunk.load(rows.at[sequence * 0, row])",
   ),
   planted(
     "drafts at the target's temperature",
-    "fold(chunk.load(values), rates[1], keep)",
-    "fold(chunk.load(values), rates[0], keep)",
+    "self._measure(self.draft, self.rule.draft_temperature)",
+    "self._measure(self.draft, self.rule.temperature)",
+  ),
+  planted(
+    "probabilities taken for logits",
+    "return values\n",
+    "return jnp.exp2((values - top) * _rate(1.0))\n",
+    GIVEN,
+  ),
+  planted(
+    "a residual of drafts at the target's temperature",
+    "_power(draft, numbers.draft_top, self.rule.draft_temperature)",
+    "_power(draft, numbers.draft_top, self.rule.temperature)",
   ),
   planted(
     "chunks overwrite each other",

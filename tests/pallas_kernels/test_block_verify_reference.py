@@ -12,6 +12,7 @@ from dflash_jax.noise import Stream
 from dflash_jax.proposal import Law, Moment, Proposal
 from dflash_jax.sampling import Sampling
 from dflash_jax.verify import Verifier
+from pallas_kernels import noise
 from pallas_kernels.block_verify import api, rule
 from pallas_kernels.block_verify.config import CHUNK_STEP, choose_config
 from pallas_kernels.block_verify.reference import XlaPasses
@@ -51,24 +52,61 @@ def call(name, *operands, temperature=0.8, draft_temperature=1.1, **keywords):
 
 @pytest.mark.parametrize("name", rule.RULES)
 @pytest.mark.parametrize(("P", "V"), [(1, 97), (5, 128), (7, 1031)])
-def test_the_decode_loops_own_rules_say_the_same(name, P, V):
+@pytest.mark.parametrize(
+  "sampling",
+  [Sampling(0.8), Sampling(0.8, top_k=5), Sampling(0.0)],
+  ids=["plain", "top-k", "greedy"],
+)
+def test_the_loop_gets_what_a_trimmed_head_of_all_tokens_gets(
+  name, P, V, sampling
+):
+  """verify.py's two ways, on logits and on columns that are all tokens."""
   B = 64
-  operands = arguments(B, P, V)
-  target, draft, drafts, seeds, moments = operands
-  probs = jax.nn.softmax(draft / 1.1)
+  target, draft, drafts, seeds, moments = arguments(B, P, V)
+  # A width policy may verify fewer depths than were drafted.
+  probs = jax.nn.softmax(jnp.concatenate([draft, -draft[:, :1]], axis=1) / 1.1)
   ones = jnp.ones((B, P), jnp.float32)
-  proposal = Proposal(
-    drafts, ones, ones, law=Law(probs, None, drafts[..., None])
-  )
-  verifier = Verifier(name, Sampling(temperature=0.8), P)
+  verifier = Verifier(name, sampling, P)
   prediction = types.SimpleNamespace(logits=lambda: target)
-  verdict = verifier.judge(proposal, prediction, Moment(seeds, moments))
-  accepted, last = call(name, *operands)
-  np.testing.assert_array_equal(accepted, verdict.accepted)
-  np.testing.assert_array_equal(
-    last, np.asarray(verdict.tokens)[np.arange(B), accepted]
+  want, found = (
+    verifier.judge(
+      Proposal(drafts, ones, ones, law=Law(probs, ids, drafts[..., None])),
+      prediction,
+      Moment(seeds, moments),
+    )
+    for ids in (jnp.arange(V), None)
   )
-  assert len(set(accepted.tolist())) == P + 1  # every end is among them
+  np.testing.assert_array_equal(found.accepted, want.accepted)
+  np.testing.assert_array_equal(found.tokens, want.tokens)
+  if sampling == Sampling(0.8):  # every end is among them
+    assert len(set(np.asarray(found.accepted).tolist())) == P + 1
+
+
+@pytest.mark.parametrize("name", rule.RULES)
+def test_a_law_is_the_same_as_logits_and_as_probabilities(name):
+  """Whether tokens that cannot be drawn are logits of -inf or zeros."""
+  B, P, V = 64, 5, 131
+  rng = np.random.default_rng(5)
+  target, draft, _, seeds, moments = arguments(B, P, V)
+  target, draft = (
+    jnp.where(rng.random(x.shape) < 0.4, -jnp.inf, x) for x in (target, draft)
+  )
+  noisy = np.asarray(draft) / 1.1 + rng.gumbel(size=draft.shape)
+  drafts = jnp.array(noisy.argmax(-1), jnp.int32)
+  rest = drafts, seeds, moments
+  p, q = jax.nn.softmax(target / 0.8), jax.nn.softmax(draft / 1.1)
+  want = call(name, target, draft, *rest)
+  none = dict(temperature=None, draft_temperature=None)
+  for found in (
+    call(name, p, q, *rest, **none),
+    call(name, jnp.log(p), jnp.log(q), *rest, **dict.fromkeys(none, 1.0)),
+    call(name, target, q, *rest, draft_temperature=None),
+  ):
+    np.testing.assert_array_equal(found, want)
+  accepted, last = want
+  rows = np.arange(B)
+  assert (np.asarray(p)[rows, accepted, last] > 0).all()
+  assert accepted.max() > 0 and accepted.min() < P
 
 
 def brute_force(name, target, draft, drafts, draws, times):
@@ -105,7 +143,7 @@ def test_the_formulas_by_brute_force(name):
 
   def draw(stream, count):
     streams = jnp.full((B,), stream, jnp.int32)
-    found = rule.uniform(streams, seeds, moments, count)
+    found = noise.uniform(streams, seeds, moments, count)
     return np.asarray(found, np.float64)
 
   draws = draw(Stream.ACCEPT, P)
@@ -188,10 +226,10 @@ def test_an_empty_residual_falls_back_on_the_targets_law():
   none = jnp.zeros(16, jnp.int32)
   softmaxes = passes.measure()
   scale = jnp.ones(16, jnp.float32)
-  ending = rule._end(settings, none, scale, *softmaxes)
+  ending = rule.end(settings, none, scale, *softmaxes)
   p = jax.nn.softmax(target[:, 0] / 0.8)
   streams = jnp.full_like(none, Stream.RECOVERY)
-  times = -jnp.log1p(-rule.uniform(streams, seeds, moments, 97))
+  times = noise.race_times(streams, seeds, moments, 97)
   np.testing.assert_array_equal(passes.race(ending), (p / times).argmax(-1))
 
 
@@ -211,13 +249,13 @@ def replaced(index, array):
     (replaced(0, GOOD[0][:, :3]), {}, "must be (2, 4, 8): a row more"),
     (replaced(0, GOOD[0][:1]), {}, "must be (2, 4, 8)"),
     (replaced(1, GOOD[1][:, :0]), {}, "is empty; draft something"),
-    (replaced(0, GOOD[0].astype(jnp.int32)), {}, "target_logits is int32"),
-    (replaced(1, GOOD[1].astype(jnp.int32)), {}, "draft_logits is int32"),
+    (replaced(0, GOOD[0].astype(jnp.int32)), {}, "target is int32"),
+    (replaced(1, GOOD[1].astype(jnp.int32)), {}, "draft is int32"),
     (replaced(2, GOOD[2][:, :2]), {}, "drafts is int32[2, 2]; use int32[2, 3]"),
     (replaced(3, GOOD[4]), {}, "seeds is int32[2]; use uint32[2]"),
     (replaced(4, GOOD[3]), {}, "moments is uint32[2]; use int32[2]"),
     (GOOD, dict(name="coupled"), "rule='coupled' is unknown; use one of"),
-    (GOOD, dict(temperature=0.0), "temperature=0.0; use more than 0"),
+    (GOOD, dict(temperature=0.0), "temperature=0.0; use more than 0, or None"),
     (
       GOOD,
       dict(draft_temperature=float("nan")),
@@ -244,10 +282,10 @@ def test_half_precision_logits_are_widened():
 @pytest.mark.parametrize(
   ("shape", "dtype", "message"),
   [
-    ((1, 2, 1024), jnp.bfloat16, "float32 logits, not bfloat16"),
+    ((1, 2, 1024), jnp.bfloat16, "take float32, not bfloat16"),
     ((1, 2, 1026), jnp.float32, "in whole 4s, not 1026"),
     ((1, 2, 508), jnp.float32, "at least 512 in whole 4s, not 508"),
-    ((2**10, 2**6, 2**15), jnp.float32, "fewer than 2^31 logits"),
+    ((2**10, 2**6, 2**15), jnp.float32, "fewer than 2^31 numbers"),
   ],
 )
 def test_what_kernels_cannot_take_is_said(shape, dtype, message):

@@ -12,8 +12,9 @@ KERNELS = ("sm90", "sm100")
 # Fewer tiles than CTAs, one step, one row, last tiles cut short in every
 # direction, more rows than a tile, every epilogue.
 SHAPES = (
-  dict(rows=1, width=64, vocabulary=97),
+  dict(rows=1, width=64, vocabulary=97, asks=False),
   dict(rows=13, width=136, vocabulary=1304, vocab_axis=1, draws=True),
+  dict(rows=8, width=64, vocabulary=301, draws=True, asks=False),
   dict(rows=1, width=200, vocabulary=1031, cores=2, draws=True),
   dict(rows=31, width=128, vocabulary=640, softcap=9.0),
   dict(rows=37, width=192, vocabulary=1031, cores=2, draws=True),
@@ -93,16 +94,31 @@ SHARED = (
   (
     "CTAs tie towards the highest id",
     "row_stats.py",
-    "best = jnp.where(holds_top, parts.best, NO_TOKEN).min(axis=0)",
-    "best = jnp.where(holds_top, parts.best, 0).max(axis=0)",
+    "lower = jnp.minimum(token, other)",
+    "lower = jnp.maximum(token, other)",
     TIES,
   ),
   (
     "CTAs that lost the tie are no runners-up",
     "row_stats.py",
-    "jnp.where(is_best, parts.second, parts.top)",
-    "jnp.where(holds_top, parts.second, parts.top)",
+    "runner_up = jnp.minimum(left.top, right.top)",
+    "runner_up = jnp.where(left.top == right.top, LOWEST, "
+    "jnp.minimum(left.top, right.top))",
     TIES,
+  ),
+  (
+    "CTAs' sums are not rescaled",
+    "row_stats.py",
+    "right.total * jnp.exp(right.top - top)",
+    "right.total",
+    FEW,
+  ),
+  (
+    "the token asked about is the seed",
+    "tiles.py",
+    "address(2 if work.draws else 0)",
+    "address(0)",
+    DRAWN,
   ),
   (
     "every token draws from the first half's word",
@@ -114,8 +130,8 @@ SHARED = (
   (
     "seed and moment change places",
     "tiles.py",
-    "jnp.stack([tokens, seeds, draws.moments])",
-    "jnp.stack([tokens, draws.moments, seeds])",
+    "words += [seeds, draws.moments]",
+    "words += [draws.moments, seeds]",
     DRAWN,
   ),
 )
@@ -328,6 +344,8 @@ def test_the_reference_is_the_definition(vocab_axis, softcap, vocabulary):
   asked = logits[np.arange(len(tokens)), tokens]
   np.testing.assert_allclose(found.given, asked, 1e-4, 1e-5)
   assert found.sample is None
+  unasked = lm_head_verify(hidden, given, vocab_axis=vocab_axis)
+  assert unasked.given is None
 
 
 def test_draws_follow_the_softmax():

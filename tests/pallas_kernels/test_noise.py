@@ -6,7 +6,6 @@ import numpy as np
 from jax.extend.random import threefry2x32_p
 
 from dflash_jax.noise import Stream
-from dflash_jax.noise import race_times as dflash_race_times
 from pallas_kernels import noise
 
 
@@ -18,12 +17,12 @@ def test_the_cipher_is_jaxs_own():
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_kernels_and_the_decode_loop_make_the_same_noise():
+def test_kernels_and_plain_code_make_the_same_noise():
   """Up to the rounding of two ways to take a logarithm."""
   seeds, moments, V = jnp.array([3, 2**31 + 5], jnp.uint32), jnp.arange(2), 1031
-  want = dflash_race_times(Stream.BONUS, seeds, moments, V)
+  want = noise.race_times(Stream.BONUS, seeds, moments, V)
   spread = jnp.zeros((2, V), jnp.uint32)
-  found = noise.race_times(
+  found = noise.race_times_at(
     spread + seeds[:, None],
     spread + moments[:, None].astype(jnp.uint32),
     jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), (2, V)),
