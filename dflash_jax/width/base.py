@@ -137,11 +137,13 @@ class Policy:
     needs_costs: reads `costs`; others may be passed anything.
     needs_entropy: reads `Outcome.entropy`.
     rests: may ask for a burst; otherwise no burst need be compiled.
+    weighs_all: whether a node is verified may hang on nodes after it.
   """
 
   needs_costs: ClassVar[bool] = False
   needs_entropy: ClassVar[bool] = False
   rests: ClassVar[bool] = True
+  weighs_all: ClassVar[bool] = False
 
   def widths(self, num_nodes: int) -> tuple[int, ...]:
     """The widths to compile, ascending, none above `num_nodes`.
