@@ -63,8 +63,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "drafter",
     None,
-    "Directory of a drafter, or 'none' for plain decoding. Default: "
-    "config.drafter.path.",
+    "Directory of a drafter (DFlash, EAGLE-3 or a small model), 'ngram' for "
+    "look-up, or 'none' for plain decoding. Default: config.drafter.path.",
   )
   flags.DEFINE_integer(
     "max_new_tokens",

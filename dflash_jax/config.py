@@ -43,9 +43,13 @@ class TargetSource:
 class DraftConfig:
   """The drafter a run uses, and the one it would train.
 
+  A name brings the parts of its paper, in their published sizes; a size of 0
+  leaves a part out.
+
   Attributes:
-    path: directory of a trained drafter, or "none".
-    name: key of dflash_jax.drafters.REGISTRY.
+    path: directory of a trained drafter: a block drafter, EAGLE-3, or a small
+      language model (then also a .gguf or package:NAME); or "ngram" or "none".
+    name: of a new drafter: "dflash", "dflash2", "dspark" or "domino".
     num_layers, block_size: of a new drafter.
     num_taps: target layers read, placed by features.choose_taps; `taps`, if
       not empty, names them instead.
@@ -54,6 +58,15 @@ class DraftConfig:
     layer_windows, layer_causal: see DrafterConfig.
     draft_vocabulary: V', most frequent token ids the draft head keeps; 0 for
       all. Lossless: it only narrows what can be proposed.
+    anchor_predicts: dspark, domino: the anchor's slot drafts too.
+    convolution_kernel, convolution_group: dflash2; slots that a channel sees,
+      and channels that share a kernel's chosen part.
+    selector_rank, selector_top_k: dflash2.
+    markov_rank, markov_kind: dspark; "vanilla", "gated" or "rnn".
+    confidence: dspark: whether it estimates its drafts' chances.
+    gru_width, gru_rank: domino; the state, and what lies between it and the
+      vocabulary.
+    plain_slots: domino: first drafts of a block that stay uncorrected.
   """
 
   path: str = "none"
@@ -70,6 +83,17 @@ class DraftConfig:
   layer_windows: tuple[int, ...] = ()
   layer_causal: tuple[bool, ...] = ()
   draft_vocabulary: int = 0
+  anchor_predicts: bool = True
+  convolution_kernel: int = 2
+  convolution_group: int = 16
+  selector_rank: int = 256
+  selector_top_k: int = 16
+  markov_rank: int = 256
+  markov_kind: str = "vanilla"
+  confidence: bool = True
+  gru_width: int = 1024
+  gru_rank: int = 256
+  plain_slots: int = 1
 
 
 @dataclasses.dataclass
@@ -165,17 +189,34 @@ class TrainConfig:
   Attributes:
     corpus: directories written by train.synthesize.
     steps: optimiser updates.
-    batch_size: sequences per step. sequence_length: S, tokens kept of each.
+    batch_size: rows per step. sequence_length: S, tokens kept of each.
+    packing: M, most sequences that share a row of sequence_length tokens, each
+      with its own positions, context and num_anchors; 0 gives each a row.
+    accumulate: pieces that a batch is computed in, one after the other; the
+      update is the same.
     num_anchors: A, blocks per sequence, redrawn every step.
-    loss: "ce" (exponential decay) or "dpace" (D-PACE, arXiv 2605.18810).
+    loss: weighted sum of terms, such as "0.1*ce + 1.8*tv + confidence"; see
+      train/objective.py for all of them.
+    slot_weights: what each slot of a block counts: "uniform", "decay"
+      (exponential, arXiv 2602.06036) or "dpace" (arXiv 2605.18810).
     decay: gamma of the exponential weights; 0 takes the paper's for K.
     dpace_alpha: smoothing of D-PACE.
-    teacher_share: 0 learns from the next token alone; 1 from the target's
-      distribution over it (soft labels, at temperature 1) instead; between,
-      from a mix.
+    curriculum: share of the steps in which the loss moves, linearly, from a
+      slot's own logits to the corrected ones; 0 for none. Domino trains with 1.
+    selector_misses: labels outside a selector's top_k: "drop" leaves the slot
+      out of its loss; "overwrite" puts the label in the last one's place.
+    optimizer: "adamw", or "muon" for matrices and AdamW for the rest.
+    schedule: after the warm-up: "cosine", "linear" or "constant".
     learning_rate: peak. warmup: share of steps. final_learning_rate: share of
-      the peak at the end of the cosine.
-    weight_decay, beta1, beta2, clip_norm: AdamW.
+      the peak at the end of the schedule.
+    vector_rate: share of learning_rate at which Muon's AdamW moves norms and
+      biases; tables by token always move at the full rate.
+    momentum: of Muon.
+    weight_decay, beta1, beta2, clip_norm: AdamW; Muon's matrices decay too.
+    ema: of the weights that are evaluated and exported, such as 0.999; 0 takes
+      the latest weights.
+    anchor_chunk: anchors of a row that pass through the drafter at a time; 0
+      for all. Bounds the layers' memory, at one more forward pass.
     loss_chunk: blocks per piece of the head and loss; bounds logits memory.
     compute_dtype: of matmuls; masters and logits stay float32.
     feature_cache: directory for target features, or "" for online features.
@@ -189,18 +230,28 @@ class TrainConfig:
   steps: int = 1000
   batch_size: int = 4
   sequence_length: int = 512
+  packing: int = 0
+  accumulate: int = 1
   num_anchors: int = 64
-  loss: str = "dpace"
+  loss: str = "ce"
+  slot_weights: str = "dpace"
   decay: float = 0.0
   dpace_alpha: float = 0.5
-  teacher_share: float = 0.0
+  curriculum: float = 0.0
+  selector_misses: str = "drop"
+  optimizer: str = "adamw"
+  schedule: str = "cosine"
   learning_rate: float = 6e-4
   warmup: float = 0.04
   final_learning_rate: float = 0.0
+  vector_rate: float = 1.0
+  momentum: float = 0.95
   weight_decay: float = 0.0
   beta1: float = 0.9
   beta2: float = 0.95
   clip_norm: float = 1.0
+  ema: float = 0.0
+  anchor_chunk: int = 0
   loss_chunk: int = 64
   compute_dtype: str = "bfloat16"
   feature_cache: str = ""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dflash_jax import sampling as sampling_lib
+from dflash_jax.config import ConfigError
 from dflash_jax.decode_state import DecodeState, ModelParams, Read
 from dflash_jax.drafters.base import Drafter
 from dflash_jax.proposal import Drafting, Moment, Proposal
@@ -21,6 +22,23 @@ from dflash_jax.target import Target
 from dflash_jax.tree import chain
 from dflash_jax.verify import Verdict, Verifier
 from dflash_jax.width import BURST, Fixed, Outcome, Policy
+
+
+def check_pairing(drafter: Drafter, drafting: Drafting, policy: Policy) -> None:
+  """Raises ConfigError for a drafter, drafts and widths that do not fit."""
+  if not drafter.reads_drafts or drafting.is_certain:
+    return
+  if drafting.is_tree:
+    raise ConfigError(
+      "this drafter reads its own drafts, and no rule is lossless for trees of "
+      "them when they are drawn; set draft_temperature=0 or tree_nodes=0"
+    )
+  if policy.weighs_all:
+    raise ConfigError(
+      "width='goodput' weighs all drafts at once, and this drafter's later "
+      "ones depend on the tokens drawn before: the width would leak them and "
+      "bias the output; set draft_temperature=0, or a fixed or threshold width"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +72,7 @@ class Decoder:
 
   def __post_init__(self):
     self.verifier.check(self.drafting)
+    check_pairing(self.drafter, self.drafting, self.policy)
 
   @property
   def verifier(self) -> Verifier:

@@ -23,3 +23,23 @@ def choose_taps(num_target_layers: int, num_taps: int) -> tuple[int, ...]:
       "them in drafter.taps"
     )
   return tuple(round(1 + i * span / (num_taps - 1)) for i in range(num_taps))
+
+
+def choose_eagle3_taps(num_target_layers: int) -> tuple[int, ...]:
+  """Low, middle and high: what enters layers 2, n // 2 and n - 3.
+
+  Ids are 0-based and name the layer whose *output* is read, one less than the
+  layer it enters, by which published configs name it.
+  Source: EAGLE-3's released model; vLLM's default (vllm-project/vllm #16937).
+
+  Raises:
+    ConfigError: if the target is too shallow for three distinct taps.
+  """
+  n = num_target_layers
+  if n < 7:
+    raise ConfigError(
+      f"a target of {n} layers is too shallow for the published taps, which "
+      "need 7; name them, as eagle_config.eagle_aux_hidden_state_layer_ids "
+      "in a checkpoint"
+    )
+  return (1, n // 2 - 1, n - 4)

@@ -16,7 +16,15 @@ from dflash_jax.config import (
 )
 from dflash_jax.decode import Decoder
 from dflash_jax.decode_state import ModelParams
-from dflash_jax.drafters import REGISTRY, Borrowed, DFlash, Drafter, NoDrafter
+from dflash_jax.drafters import (
+  Borrowed,
+  DFlash,
+  Drafter,
+  Eagle3,
+  LanguageModel,
+  NGram,
+  NoDrafter,
+)
 from dflash_jax.proposal import Drafting
 from dflash_jax.sampling import GREEDY, Sampling
 from dflash_jax.target import Params, Target
@@ -26,6 +34,9 @@ from dflash_jax.width import Costs, Fixed, parse_width
 # Drafts of a chain worth verifying per round, by device;
 # docs/default_drafter.md has the measurement. Devices not named verify all.
 CHAIN_WIDTHS = {"cpu": "fixed:3"}
+# Drafts that an adaptive width chooses among, at most, by device. Each costs a
+# CPU 0.6% of a round even if it is never verified, and later ones rarely are.
+ADAPTIVE_NODES = {"cpu": 5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +96,8 @@ class Model:
     policy = parse_width(text) if text else Fixed()
     if isinstance(policy, Fixed):
       nodes = policy.widths(nodes)[0]
+    elif not decode.tree_nodes:
+      nodes = min(nodes, ADAPTIVE_NODES.get(device, nodes))
     drafts = _draft_sampling(decode)
     if not drafter.max_drafts:  # plain decoding
       nodes, policy, drafts = 0, Fixed(), GREEDY
@@ -125,7 +138,7 @@ def load(config: Config) -> Model:
     tokenizer = load_tokenizer(source)
   else:
     tokenizer = byte_tokenizer(target.config.vocab_size)
-  drafter, drafter_params, head_ids = _load_drafter(config, target)
+  drafter, drafter_params, head_ids = _load_drafter(config, target, params)
   return Model(
     config=config,
     target=target,
@@ -165,19 +178,29 @@ def borrow(target_params: Params, head_ids: np.ndarray | None) -> Borrowed:
 
 
 def _load_drafter(
-  config: Config, target: Target
+  config: Config, target: Target, target_params: Params
 ) -> tuple[Drafter, Params, np.ndarray | None]:
-  path = config.drafter.path
+  """The drafter, what it reads, and the ids that its borrowed head keeps."""
+  path, dtype = config.drafter.path, config.target.dtype
+  num_drafts = config.drafter.block_size - 1
   if path == "none":
     return NoDrafter(), {}, None
-  if config.drafter.name not in REGISTRY:
-    raise ConfigError(
-      f"drafter.name={config.drafter.name!r} is unknown; choose one of "
-      f"{', '.join(sorted(REGISTRY))}"
-    )
-  network, params, head_ids = weights.load_drafter(path, config.target.dtype)
-  network.check_target(target.config)
-  return DFlash(network), params, head_ids
+  if path == "ngram":
+    return NGram(num_drafts), {}, None
+  kind = weights.drafter_kind(path)
+  if kind == "dflash":
+    network, params, head_ids = weights.load_drafter(path, dtype)
+    network.check_target(target.config)
+    return DFlash(network), params, head_ids
+  drafter: Eagle3 | LanguageModel
+  if kind == "eagle3":
+    eagle, params = weights.load_eagle3(path, dtype, target.config.num_layers)
+    drafter = Eagle3(eagle, num_drafts)
+  else:
+    model, params = weights.load_target(path, dtype)
+    drafter = LanguageModel(model, num_drafts)
+  drafter.check_target(target.config)
+  return drafter, drafter.bind(params, borrow(target_params, None)), None
 
 
 def _draft_sampling(decode: DecodeConfig) -> Sampling:
@@ -192,10 +215,15 @@ def _shorten(drafter: Drafter, block_size: int) -> Drafter:
   """The same drafter, drafting blocks of block_size slots; 0 keeps its own."""
   if not block_size or not drafter.max_drafts:
     return drafter
+  if isinstance(drafter, NGram | LanguageModel | Eagle3) and block_size > 1:
+    return dataclasses.replace(drafter, max_drafts=block_size - 1)
   trained = drafter.max_drafts + 1
-  if not isinstance(drafter, DFlash) or not 2 <= block_size <= trained:
-    raise ConfigError(
-      f"block_size={block_size} is impossible; this drafter was trained for "
-      f"{trained}: use 2 to {trained}, or 0"
-    )
-  return DFlash(dataclasses.replace(drafter.config, block_size=block_size))
+  if isinstance(drafter, DFlash):
+    trained = drafter.config.block_size
+    if 2 <= block_size <= trained:
+      shorter = dataclasses.replace(drafter.config, block_size=block_size)
+      return DFlash(shorter)
+  raise ConfigError(
+    f"block_size={block_size} is impossible; this drafter was trained for "
+    f"{trained}: use 2 to {trained}, or 0"
+  )

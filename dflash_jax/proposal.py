@@ -140,22 +140,24 @@ def from_marginals(
   drafting: Drafting,
   moment: Moment,
   vocab: int,
+  above: int = 0,
 ) -> Proposal:
   """Drafts of a drafter whose depths are independent, as DFlash's are.
 
   Args:
-    logits: f32[B, D, V'], of depths 1..D; a chain uses the first P.
+    logits: f32[B, D, V'], of depths above + 1..above + D; a chain uses the
+      first P.
     ids: i32[V'], token id of each column, or None.
     drafting: what to draw.
     moment: addresses of noise.
     vocab: V, the target's.
+    above: depths drafted before these.
   """
   if not drafting.is_tree:
     logits = logits[:, : drafting.num_nodes]
+  depths = 1 + above + jnp.arange(logits.shape[1], dtype=jnp.int32)
   if drafting.is_certain:
-    if not drafting.sampling.is_greedy:
-      logits = _share_noise(logits, ids, drafting.sampling, moment, vocab)
-    best = logits
+    best = score(logits, ids, drafting, moment, vocab, depths)
     law = None
   else:
     probs = weigh(logits, drafting.sampling)
@@ -165,7 +167,7 @@ def from_marginals(
       probs=probs,
       ids=ids,
       ranked=_draw(
-        probs, moment, drafting.num_nodes if drafting.is_tree else 1
+        probs, moment, depths, drafting.num_nodes if drafting.is_tree else 1
       ),
     )
   if drafting.is_tree:
@@ -180,38 +182,53 @@ def from_marginals(
   )
 
 
-def _share_noise(
+def score(
   logits: jax.Array,
   ids: jax.Array | None,
-  sampling: Sampling,
+  drafting: Drafting,
   moment: Moment,
   vocab: int,
+  depths: jax.Array,
 ) -> jax.Array:
-  """f32[B, D, V']: log of the draft law, in the race that the target runs."""
-  ahead = 1 + jnp.arange(logits.shape[1], dtype=jnp.int32)
+  """f32[B, N, V']: what certain drafts are ranked by.
+
+  Greedy ones by their logits; coupled ones by the log of the draft law in the
+  race that the target runs.
+
+  Args:
+    logits: f32[B, N, V'].
+    ids, drafting, moment, vocab: as in `from_marginals`.
+    depths: i32[N], or i32[1] of all rows, from 1.
+  """
+  if drafting.sampling.is_greedy:
+    return logits
   times = noise.race_times(
     Stream.CHOICE,
     moment.seeds[:, None],
-    moment.positions[:, None] + ahead,
+    moment.positions[:, None] + depths,
     vocab,
   )
   times = times if ids is None else times[..., ids]
-  return jnp.log(weigh(logits, sampling) / times)
+  return jnp.log(weigh(logits, drafting.sampling) / times)
 
 
-def _draw(probs: jax.Array, moment: Moment, count: int) -> jax.Array:
+def _draw(
+  probs: jax.Array, moment: Moment, depths: jax.Array, count: int
+) -> jax.Array:
   """i32[B, D, count]: columns drawn without replacement, first drawn first.
 
   The order of arrival in an exponential race is successive sampling.
   """
-  B, D, columns = probs.shape
   times = noise.race_times(
-    Stream.DRAFT, moment.seeds, moment.positions, D * columns
+    noise.at_depth(Stream.DRAFT, depths),
+    moment.seeds[:, None],
+    jnp.broadcast_to(moment.positions[:, None], probs.shape[:2]),
+    probs.shape[-1],
   )
-  speed = probs / times.reshape(B, D, columns)
+  speed = probs / times
   if count == 1:
     return argmax(speed)[..., None]
-  return jax.lax.top_k(speed, min(count, columns))[1]
+  return jax.lax.top_k(speed, min(count, probs.shape[-1]))[1]
 
 
 def _doubt(scores: jax.Array) -> tuple[jax.Array, jax.Array]:

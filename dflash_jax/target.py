@@ -8,6 +8,7 @@ stacked layers costs a copy of every layer's weights per pass (measured on a
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,10 @@ from dflash_jax.tree import Tree, ancestors
 from pallas_kernels.block_attention import block_attention
 
 Params = dict[str, Any]
+
+# (layer, query f32[B, T, N, H], keys and values f[B, G, T, H] of the tokens
+# that ask) -> f32[B, T, N, H]: what they see, of themselves and of others.
+Attention = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class _Layer(nnx.Module):
@@ -45,22 +50,20 @@ class _Layer(nnx.Module):
     self,
     x: jax.Array,
     angles: jax.Array,
-    past: tuple[jax.Array, jax.Array, jax.Array],
-    seen: jax.Array | None,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    dtype: jnp.dtype,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of x f32[B, T, D], and the keys and values f[B, G, T, H] of its tokens.
 
-    `past` is (keys, values, length) of the cache; `seen` u32[B, T, W] says in
-    packed bits which of the T each row sees; None for those up to its own.
+    `attend` is Attention of this layer; `dtype` that of keys and values.
     """
     normed = self.attention_norm(x)
     query = self.attention.queries(normed, angles)
     key, value = (
-      rows.swapaxes(1, 2).astype(past[0].dtype)
+      rows.swapaxes(1, 2).astype(dtype)
       for rows in self.attention.keys_values(normed, angles)
     )
-    attended = block_attention(query, key, value, *past, seen)
-    x = x + self.attention.merge(attended)
+    x = x + self.attention.merge(attend(query, key, value))
     return x + self.mlp(self.mlp_norm(x)), key, value
 
 
@@ -136,7 +139,6 @@ class Target:
       hidden f32[B, T, D] after the final norm, the taps f32[B, T, taps * D]
       side by side, and the rows that `cache.extend` commits.
     """
-    network = nnx.merge(_definition(self.config), nnx.State(params))
     _, T = tokens.shape
     if tree is None:
       positions = cache.positions(T)
@@ -145,6 +147,31 @@ class Target:
       depths = jnp.pad(tree.depths, ((0, 0), (1, 0)))
       positions = cache.length[:, None] + depths
       seen = ancestors(tree)
+
+    def attend(layer, query, key, value):
+      past = (*cache.read(layer), cache.length)
+      return block_attention(query, key, value, *past, seen)
+
+    return self.run(params, tokens, positions, attend, cache.dtype, taps)
+
+  def run(
+    self,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attention,
+    dtype: jnp.dtype,
+    taps: tuple[int, ...] = (),
+  ) -> tuple[jax.Array, jax.Array, Rows]:
+    """`forward`, for a caller that knows what each token sees.
+
+    Args:
+      params, tokens, taps: as in `forward`.
+      positions: i32[B, T].
+      attend: of each layer.
+      dtype: of keys and values.
+    """
+    network = nnx.merge(_definition(self.config), nnx.State(params))
     angles = layers.rotary_angles(
       positions,
       self.config.head_width,
@@ -154,8 +181,7 @@ class Target:
     x = network.embedding[tokens].astype(jnp.float32)
     outputs, keys, values = {}, [], []
     for index, layer in enumerate(network.layers):
-      past = (*cache.read(index), cache.length)
-      x, key, value = layer(x, angles, past, seen)
+      x, key, value = layer(x, angles, functools.partial(attend, index), dtype)
       keys.append(key)
       values.append(value)
       if index in taps:

@@ -78,7 +78,7 @@ def best_first(log_scores: jax.Array, num_nodes: int) -> tuple[Tree, jax.Array]:
   log_scores = jnp.where(log_scores >= 0, 0.0, log_scores)
 
   score = jnp.zeros((B, 1), log_scores.dtype)
-  scores, parents, ranks, sizes = [], [], [], []
+  scores, parents, ranks = [], [], []
   first, end = -1, 0  # the parents' places among all candidates; anchor: -1
   for depth in range(min(D, num_nodes)):
     above, rank = _pairs(score.shape[1], k, num_nodes)
@@ -87,20 +87,41 @@ def best_first(log_scores: jax.Array, num_nodes: int) -> tuple[Tree, jax.Array]:
     scores.append(score)
     parents.append(first + jnp.asarray(above)[best])
     ranks.append(jnp.asarray(rank)[best])
-    sizes.append(score.shape[1])
     first, end = end, end + score.shape[1]
+  tree, score, _ = best_of(scores, parents, ranks, num_nodes)
+  return tree, score
 
+
+def best_of(
+  scores: list[jax.Array],
+  parents: list[jax.Array],
+  ranks: list[jax.Array],
+  num_nodes: int,
+) -> tuple[Tree, jax.Array, jax.Array]:
+  """The likeliest nodes of the candidates of every depth.
+
+  Args:
+    scores: f32[B, C] per depth, log of path probabilities; no candidate's is
+      above its parent's.
+    parents: i32[B, C] per depth, place among all candidates; -1 the anchor.
+    ranks: i32[B, C] per depth; among equals, better ranks come first.
+    num_nodes: P.
+
+  Returns:
+    The tree, f32[B, P] the scores of its nodes, and their places i32[B, P].
+  """
   # Stable: of equals, the shallow and the well ranked come first, so a node
   # never precedes its parent or a better sibling.
   score, best = jax.lax.top_k(jnp.concatenate(scores, axis=1), num_nodes)
   parent = jnp.take_along_axis(jnp.concatenate(parents, axis=1), best, axis=1)
+  sizes = [level.shape[1] for level in scores]
   depths = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
   tree = Tree(
     parents=_rows(parent, best),
     depths=jnp.asarray(depths)[best],
     ranks=jnp.take_along_axis(jnp.concatenate(ranks, axis=1), best, axis=1),
   )
-  return tree, score
+  return tree, score, best
 
 
 def _pairs(

@@ -40,7 +40,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "drafter",
     None,
-    "Directory of the drafter. Default: config.drafter.path.",
+    "Directory of the drafter, or ngram. Default: config.drafter.path.",
   )
   flags.DEFINE_integer(
     "limit", None, "Prompts used; 0 for all. Default: config.eval.limit."

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax import decode, proposal, rejection, verify
+from dflash_jax import decode, proposal, verify
 from dflash_jax.config import ConfigError
 from dflash_jax.decode import Decoder
 from dflash_jax.drafters import DFlash
@@ -22,6 +22,7 @@ from dflash_jax.sampling import GREEDY, Sampling
 from dflash_jax.session import Session
 from dflash_jax.tree import Tree
 from dflash_jax.width import BURST, Fixed, Goodput, Threshold
+from pallas_kernels.block_verify import rule as block_rule
 from tests.testing import BLOCK_SIZE, Oracle, tiny_model, tiny_target_config
 
 VOCAB = 67
@@ -315,26 +316,22 @@ def planted_error(model, rule, drafting, prompt=(2, 0, 3)) -> float:
 
 def test_reused_draft_noise_is_caught(tiny, monkeypatch):
   """Replacing a rejected draft with the noise that drew it (vLLM #35461)."""
-  real = verify.noise.race_times
 
-  def reused(stream, seeds, moments, count):
-    if stream is Stream.DRAFT:
-      return jnp.tile(real(Stream.RECOVERY, seeds, moments, TINY), (1, 2))
-    return real(stream, seeds, moments, count)
+  def reused(stream, depths):
+    return jnp.full_like(depths, Stream.RECOVERY)
 
-  monkeypatch.setattr(verify.noise, "race_times", reused)
+  monkeypatch.setattr(proposal.noise, "at_depth", reused)
   assert planted_error(tiny, *RULES["token"]) > 8
 
 
 def test_noise_that_a_later_round_meets_again_is_caught(tiny, monkeypatch):
   """Drafts drawn by position: the block rule has looked at them already."""
 
-  def by_position(probs, moment, count):
-    ahead = jnp.arange(probs.shape[1], dtype=jnp.int32)
+  def by_position(probs, moment, depths, count):
     times = proposal.noise.race_times(
       Stream.DRAFT,
       moment.seeds[:, None],
-      moment.positions[:, None] + ahead,
+      moment.positions[:, None] + depths - 1,
       probs.shape[2],
     )
     return (probs / times).argmax(-1)[..., None].astype(jnp.int32)
@@ -347,19 +344,19 @@ def test_the_token_rules_decision_in_the_block_rule_is_caught(
   tiny, monkeypatch
 ):
   """Stopping at the first failure of h_i (vllm-ascend #7807)."""
-  monkeypatch.setattr(verify, "find_last", verify.count_leading)
+  monkeypatch.setattr(block_rule, "find_last", block_rule.count_leading)
   assert planted_error(tiny, *RULES["block"]) > 8
 
 
 def test_raw_draft_laws_are_caught(tiny, monkeypatch):
   """Drawing at one temperature, stating the law of another (HF #47932)."""
-  real = rejection._ratios
+  real = verify.block_verify
 
-  def raw(probs, tokens, law):
-    stated = jax.nn.softmax(1.3 * jnp.log(law.probs))
-    return real(probs, tokens, dataclasses.replace(law, probs=stated))
+  def raw(target, draft, *arguments, **keywords):
+    stated = jax.nn.softmax(1.3 * jnp.log(draft))
+    return real(target, stated, *arguments, **keywords)
 
-  monkeypatch.setattr(rejection, "_ratios", raw)
+  monkeypatch.setattr(verify, "block_verify", raw)
   assert planted_error(tiny, *RULES["token"]) > 8
 
 

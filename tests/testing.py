@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,35 @@ from dflash_jax.config import (
 from dflash_jax.decode_state import ModelParams
 from dflash_jax.drafters import Borrowed, DFlash, NoDrafter
 from dflash_jax.model import Model, borrow
+from dflash_jax.networks import (
+  Confidence,
+  Convolution,
+  Gru,
+  Markov,
+  Selector,
+)
 from dflash_jax.proposal import Drafting, Moment, Proposal, chain
 from dflash_jax.target import Params, Target
 
 SCALE = 14.0  # of matrices: wide argmax margins, replies that are not constant
 BLOCK_SIZE = 5
+# Parts of drafters besides DFlash's layers, by a name for each kind.
+VARIANTS: dict[str, dict[str, Any]] = {
+  "dflash2": {"convolution": Convolution(3, 2), "selector": Selector(5, 7)},
+  "dspark": {
+    "anchor_predicts": True,
+    "markov": Markov(6),
+    "confidence": Confidence(),
+  },
+  "dspark gated": {
+    "anchor_predicts": True,
+    "markov": Markov(3, "gated"),
+    "confidence": Confidence(sees_token=False),
+  },
+  "dspark rnn": {"anchor_predicts": True, "markov": Markov(5, "rnn")},
+  "domino": {"gru": Gru(7, 5, plain_slots=1)},
+  "domino shifted": {"gru": Gru(9, 4, plain_slots=2), "anchor_predicts": True},
+}
 PRINTABLE = 94  # the byte tokenizer's first ids are "!" to "~"
 
 
@@ -63,9 +88,19 @@ def tiny_drafter_config(target: TargetConfig, **overrides) -> DrafterConfig:
 
 
 def random_params(formulas: Target | DFlash, seed: int) -> Params:
-  """Random parameters whose matrices are large enough to matter."""
+  """Random parameters whose matrices are large enough to matter.
+
+  Those that a new drafter has at zero are drawn too.
+  """
   params = formulas.init(jax.random.key(seed))
-  return jax.tree.map(lambda x: x * SCALE if x.ndim > 1 else x, params)
+
+  def enlarge(x: jax.Array) -> jax.Array:
+    if x.ndim < 2:
+      return x
+    drawn = 0.02 * jax.random.normal(jax.random.key(seed), x.shape)
+    return SCALE * jnp.where(x.any(), x, drawn)
+
+  return jax.tree.map(enlarge, params)
 
 
 @functools.cache
@@ -84,6 +119,7 @@ def tiny_model(
   seed: int = 0,
   eos_ids: tuple[int, ...] = (),
   target: TargetConfig | None = None,
+  parts: dict[str, Any] | None = None,
   **decode,
 ) -> Model:
   """A random target, with a random drafter or none.
@@ -95,12 +131,15 @@ def tiny_model(
     seed: of the random weights.
     eos_ids: stop tokens, besides the byte tokenizer's.
     target: instead of tiny_target_config.
+    parts: of the drafter, as in VARIANTS.
     **decode: further fields of DecodeConfig.
   """
   network = target or tiny_target_config(vocab, eos_ids=eos_ids)
   formulas = Target(network)
   params = _tiny_target(network, seed)
-  draft = DFlash(tiny_drafter_config(network)) if drafter else NoDrafter()
+  draft = NoDrafter()
+  if drafter:
+    draft = DFlash(tiny_drafter_config(network, **(parts or {})))
   has_text = network.vocab_size >= VOCAB_SIZE
   return Model(
     config=Config(
@@ -139,6 +178,7 @@ class Oracle:
 
   max_drafts: int = BLOCK_SIZE - 1
   taps: tuple[int, ...] = ()
+  reads_drafts: bool = False
 
   def init_state(self, batch: int, capacity: int, dtype: str) -> OracleState:
     """Nothing read yet."""

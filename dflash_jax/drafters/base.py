@@ -42,6 +42,14 @@ class Drafter(Protocol):
   def max_drafts(self) -> int:
     """The most drafts one proposal can hold."""
 
+  @property
+  def reads_drafts(self) -> bool:
+    """Whether a draft's law depends on the drafts before it in its round.
+
+    Then a sampled draft shapes what is known of later ones, and some pairings
+    with rules and widths would not be lossless; see decode.check_pairing.
+    """
+
   def init_state(self, batch: int, capacity: int, dtype: str) -> State:
     """State before any token: `capacity` bounds the tokens of a row."""
 

@@ -1,26 +1,27 @@
 """DFlash: a whole block of drafts from one pass over mask tokens.
 
-Context features (taps -> projection -> norm) are computed once per committed
-token and enter every draft layer as keys and values only ("KV injection").
-Queries come from the block alone: the anchor, clean, then K - 1 mask tokens,
-each of which predicts the token of its own position. Block keys and values are
-transient; only those of context features persist. Context is strictly before
-the anchor, whose own target states do not exist yet.
+A block is the anchor, clean, then K - 1 mask tokens, each of which predicts
+the token of its own position; where the anchor predicts too, every slot
+predicts the token after its own. Context is strictly before the anchor, whose
+own target states do not exist yet. DFlash 2, DSpark and Domino are this drafter
+with parts added, see networks.DrafterConfig.
 Source: DFlash, arXiv 2602.06036 sections 3-4, and its released model.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax import layers
+from dflash_jax.autoregression import draft_chain, draft_tree
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import DrafterConfig
+from dflash_jax.drafters.backbone import Attention, Network, definition
 from dflash_jax.drafters.base import Borrowed, Params
+from dflash_jax.drafters.correctors import Correction
 from dflash_jax.proposal import (
   Drafting,
   Moment,
@@ -28,46 +29,10 @@ from dflash_jax.proposal import (
   from_best,
   from_marginals,
 )
+from dflash_jax.tree import chain
+from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_attention.reference import pack_mask
 from pallas_kernels.lm_head_verify import RowStats, lm_head_verify
-
-# (layer, query f32[B, K, N, H]) -> (out f32[B, K, N, H], lse f32[B, K, N])
-ContextAttention = Callable[[int, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-class _Layer(nnx.Module):
-  """A Qwen3-shaped layer; its attention also reads injected context."""
-
-  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
-    self.attention_norm = layers.RMSNorm(config.width, config.norm_epsilon)
-    self.attention = layers.Projections(
-      config.width,
-      config.num_heads,
-      config.num_kv_heads,
-      config.head_width,
-      rngs=rngs,
-      norm_epsilon=config.norm_epsilon,
-    )
-    self.mlp_norm = layers.RMSNorm(config.width, config.norm_epsilon)
-    self.mlp = layers.SwiGLU(config.width, config.mlp_width, rngs=rngs)
-
-
-class _Network(nnx.Module):
-  """Everything a DFlash checkpoint holds."""
-
-  def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
-    tap_width = len(config.target_layer_ids) * config.target_width
-    self.context_projection = layers.Linear(tap_width, config.width, rngs=rngs)
-    self.context_norm = layers.RMSNorm(config.width, config.norm_epsilon)
-    self.layers = nnx.List(
-      [_Layer(config, rngs=rngs) for _ in range(config.num_layers)]
-    )
-    self.norm = layers.RMSNorm(config.width, config.norm_epsilon)
-
-
-@functools.cache
-def _definition(config: DrafterConfig) -> nnx.GraphDef:
-  network = nnx.eval_shape(lambda: _Network(config, rngs=nnx.Rngs(0)))
-  return nnx.split(network)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +48,30 @@ class DFlash:
 
   @property
   def max_drafts(self) -> int:
-    """K - 1: the anchor's slot predicts nothing."""
-    return self.config.block_size - 1
+    """K - 1 where the anchor's slot predicts nothing, or else K."""
+    return self.config.num_drafts
 
-  def init(self, key: jax.Array, dtype: str = "float32") -> Params:
-    """Random parameters: N(0, 0.02) matrices and unit norms."""
-    rngs = nnx.Rngs(params=key)
-    params = nnx.to_pure_dict(nnx.state(_Network(self.config, rngs=rngs)))
+  @property
+  def reads_drafts(self) -> bool:
+    """Whether a draft's law depends on the drafts before it."""
+    return self.config.corrects
+
+  def init(
+    self, key: jax.Array, dtype: str = "float32", columns: int | None = None
+  ) -> Params:
+    """Random parameters: N(0, 0.02) matrices and unit norms.
+
+    Args:
+      key: of the draw.
+      dtype: of all parameters.
+      columns: V', of a trimmed head; correctors hold a row for each.
+    """
+    network = Network(
+      self.config,
+      self.config.vocab_size if columns is None else columns,
+      rngs=nnx.Rngs(params=key),
+    )
+    params = nnx.to_pure_dict(nnx.state(network))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
   def count_parameters(self) -> int:
@@ -139,18 +121,41 @@ class DFlash:
     moment: Moment,
     remaining: jax.Array,
   ) -> Proposal:
-    """Drafts from the mask slots, whose laws are independent."""
+    """Drafts from the slots of one pass, corrected if the drafter does."""
+    network = self._network(params)
     hidden = self.draft(
       params, state, anchor, borrowed.embedding, remaining + 1
     )
     depths = self.max_drafts if drafting.is_tree else drafting.num_nodes
-    masks = hidden[:, 1 : 1 + depths]
-    if drafting.takes_best:
-      return from_best(self.read_head(masks, borrowed.head), borrowed.head_ids)
-    logits = self.logits(masks, borrowed.head)
-    return from_marginals(
-      logits, borrowed.head_ids, drafting, moment, self.config.vocab_size
-    )
+    slots = self.predictions(hidden)[:, :depths]
+    if drafting.takes_best and not self.reads_drafts:
+      stats = self.read_head(slots, borrowed.head)
+      proposal = from_best(stats, borrowed.head_ids)
+    else:
+      proposal = self._pick(network, slots, anchor, borrowed, drafting, moment)
+    return _state_confidence(network, proposal, anchor, slots)
+
+  def _pick(
+    self,
+    network: Network,
+    slots: jax.Array,
+    anchor: jax.Array,
+    borrowed: Borrowed,
+    drafting: Drafting,
+    moment: Moment,
+  ) -> Proposal:
+    """Drafts by the logits of slots f32[B, D, width]."""
+    logits = self.logits(slots, borrowed.head)
+    asked = (borrowed.head_ids, drafting, moment, self.config.vocab_size)
+    corrector = network.corrector
+    if corrector is None:
+      return from_marginals(logits, *asked)
+    scale = self.config.input_embedding_scale
+    step = Correction(corrector, borrowed.embedding, scale, logits, slots)
+    memory = corrector.start((anchor.shape[0], 1))
+    if drafting.is_tree:
+      return draft_tree(step, memory, anchor, *asked, max_depth=slots.shape[1])
+    return draft_chain(step, memory, anchor, *asked)
 
   def draft(
     self,
@@ -175,22 +180,26 @@ class DFlash:
     """
     config = self.config
     K = config.block_size
-    positions = state.positions(K)
-    visible = state.committed_mask()
-    slots = jnp.arange(state.capacity, dtype=jnp.int32)
-    age = positions[..., None] - slots
+    batch = anchor.shape[0]
 
-    def context_attention(index, query):
-      window = config.layer_windows[index]
-      mask = visible & (age < window) if window else visible
-      mask = jnp.broadcast_to(mask, age.shape)
-      return layers.attend_with_lse(query, *state.read(index), mask)
+    def attend(index, query, key, value, mask):
+      # Void slots, whom nobody sees, must still see themselves.
+      seen = pack_mask(mask | jnp.eye(K, dtype=bool))
+      return block_attention(
+        query,
+        key.astype(state.dtype),
+        value.astype(state.dtype),
+        *state.read(index),
+        state.length,
+        jnp.broadcast_to(seen, (batch, *seen.shape[1:])),
+        window=config.layer_windows[index] or None,
+      )
 
     return self.run_block(
       params,
       self.embed(anchor, embedding),
-      positions,
-      context_attention,
+      state.positions(K),
+      attend,
       exists=jnp.arange(K) < size[:, None],
     )
 
@@ -225,7 +234,7 @@ class DFlash:
     params: Params,
     x: jax.Array,
     positions: jax.Array,
-    context_attention: ContextAttention,
+    attend: Attention,
     exists: jax.Array | None = None,
   ) -> jax.Array:
     """Runs blocks through the draft layers.
@@ -234,8 +243,7 @@ class DFlash:
       params: the drafter's own.
       x: f32[B, K, D], embedded blocks.
       positions: i32[B, K], absolute.
-      context_attention: (layer index, query f32[B, K, N, H]) -> out and
-        log-sum-exp over the block's visible context, as attend_with_lse gives.
+      attend: what a block sees, of its context and of itself.
       exists: bool[B, K], slots others may see; all by default.
 
     Returns:
@@ -244,18 +252,14 @@ class DFlash:
     network = self._network(params)
     angles = self._angles(positions)
     for index, layer in enumerate(network.layers):
-      attention = layer.attention
-      normed = layer.attention_norm(x)
-      query = attention.queries(normed, angles)
-      keys_values = attention.keys_values(normed, angles)
-      key, value = (x.swapaxes(1, 2) for x in keys_values)
       mask = self._block_mask(index)
       mask = mask if exists is None else mask & exists[:, None]
-      block = layers.attend_with_lse(query, key, value, mask)
-      context = context_attention(index, query)
-      x = x + attention.merge(layers.merge_attention(context, block))
-      x = x + layer.mlp(layer.mlp_norm(x))
+      x = layer(x, angles, mask, functools.partial(attend, index))
     return network.norm(x)
+
+  def predictions(self, hidden: jax.Array) -> jax.Array:
+    """hidden f32[..., K, D] -> the slots that predict, in order of depth."""
+    return hidden if self.config.anchor_predicts else hidden[..., 1:, :]
 
   def logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
     """hidden f32[..., D] -> f32[..., V'] through columns of the target's head.
@@ -296,5 +300,26 @@ class DFlash:
       self.config.rotary_scaling,
     )
 
-  def _network(self, params: Params) -> _Network:
-    return nnx.merge(_definition(self.config), nnx.State(params))
+  def _network(self, params: Params) -> Network:
+    return nnx.merge(definition(self.config), nnx.State(params))
+
+
+def _state_confidence(
+  network: Network, proposal: Proposal, anchor: jax.Array, slots: jax.Array
+) -> Proposal:
+  """The proposal with the chances that the drafter's own head gives it, if any.
+
+  A node's chance is said from its slot f32[B, D, width] and the token before
+  it: drawn drafts after that token have no say in it.
+  """
+  if network.confidence is None:
+    return proposal
+  nodes = proposal.tree or chain(*proposal.tokens.shape)
+  hidden = jnp.take_along_axis(slots, nodes.depths[..., None] - 1, axis=1)
+  seen = None
+  if network.confidence.sees_token and network.corrector is not None:
+    rows = jnp.concatenate([anchor[:, None], proposal.tokens], axis=1)
+    before = jnp.take_along_axis(rows, nodes.parents, axis=1)
+    seen = network.corrector.row(before)
+  odds = network.confidence(hidden, seen)
+  return dataclasses.replace(proposal, confidence=jax.nn.sigmoid(odds))

@@ -15,6 +15,7 @@ class NoDrafter:
 
   taps: tuple[int, ...] = ()
   max_drafts: int = 0
+  reads_drafts: bool = False
 
   def init_state(self, batch: int, capacity: int, dtype: str) -> State:
     """An empty pytree."""

@@ -4,28 +4,34 @@ import pathlib
 from typing import Any
 
 from dflash_jax.config import TargetConfig
-from dflash_jax.weights import huggingface
+from dflash_jax.weights import eagle3, huggingface, target
 from dflash_jax.weights.drafter import (
   load_drafter,
   read_drafter_config,
   save_drafter,
 )
+from dflash_jax.weights.eagle3 import load_eagle3, save_eagle3
 from dflash_jax.weights.gguf import find_packaged_gguf, load_gguf_target
 from dflash_jax.weights.huggingface import find_directory, read_target_config
 from dflash_jax.weights.names import Params, WeightsError
+from dflash_jax.weights.target import save_target
 
 __all__ = [
   "PACKAGE_PREFIX",
   "Params",
   "WeightsError",
+  "drafter_kind",
   "find_directory",
   "find_packaged_gguf",
   "load_drafter",
+  "load_eagle3",
   "load_gguf_target",
   "load_target",
   "read_drafter_config",
   "read_target_config",
   "save_drafter",
+  "save_eagle3",
+  "save_target",
 ]
 
 PACKAGE_PREFIX = "package:"
@@ -50,3 +56,21 @@ def load_target(
   if pathlib.Path(source).suffix == ".gguf":
     return load_gguf_target(source, dtype)
   return huggingface.load_target(source, dtype)
+
+
+def drafter_kind(source: str) -> str:
+  """What kind of drafter `source` points to: "dflash", "eagle3" or "lm".
+
+  Whole language models are "lm"; what no one knows is left to "dflash", whose
+  reader says what it misses.
+
+  Raises:
+    WeightsError: nothing readable is there.
+  """
+  if source.startswith(PACKAGE_PREFIX) or source.endswith(".gguf"):
+    return "lm"
+  fields = huggingface.read_config_fields(find_directory(source))
+  known = fields.items("architectures", str, [])
+  if set(known) & set(eagle3.ARCHITECTURES):
+    return "eagle3"
+  return "lm" if set(known) & set(target.ARCHITECTURES.values()) else "dflash"

@@ -6,7 +6,7 @@ Parameter trees are plain nested dicts; layers are keyed by integers:
             "head": {"kernel": [D, V]}}
   drafter: {"context_projection": {"kernel": [taps * D_target, D]},
             "context_norm": {"scale": [D]}, "layers": {i: layer},
-            "norm": {"scale": [D]}}
+            "norm": {"scale": [D]}, "corrector": {...}, "confidence": {...}}
   layer:   {"attention_norm": {"scale": [D]},
             "attention": {"query": {"kernel": [D, N * H], "bias": [N * H]},
                           "key", "value": {"kernel": [D, G * H], "bias"},
@@ -17,7 +17,8 @@ Parameter trees are plain nested dicts; layers are keyed by integers:
                     "down": {"kernel": [F, D]}}}
 
 Biases are Qwen2's, query_norm and key_norm Qwen3's and the drafter's. Kernels
-are [in, out], the transpose of what files store.
+are [in, out], the transpose of what files store. Parts of a drafter are in
+drafter_names.py; a layer's convolutions lie beside its attention and mlp.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ class TensorRow:
 Table = dict[str, TensorRow]
 
 # Path in a layer: (name in Hugging Face files, name in GGUF files).
-_LAYER_NAMES: dict[Path, tuple[str, str]] = {
+LAYER_NAMES: dict[Path, tuple[str, str]] = {
   ("attention_norm", "scale"): ("input_layernorm.weight", "attn_norm.weight"),
   ("attention", "query", "kernel"): (
     "self_attn.q_proj.weight",
@@ -97,14 +98,11 @@ _TOP_NAMES: dict[Path, tuple[str, str]] = {
 _LAYER_PREFIX = ("model.layers.{}.", "blk.{}.")
 
 # Buffers that old exporters wrote and that the config already determines.
-_ROTARY_BUFFERS = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-# A drafter borrows both from its target; some exporters copy them anyway.
-_BORROWED = r"(model\.)?embed_tokens\.weight|lm_head\.weight"
-TARGET_EXTRAS = re.compile(_ROTARY_BUFFERS)
-DRAFTER_EXTRAS = re.compile(f"{_ROTARY_BUFFERS}|{_BORROWED}")
+ROTARY_BUFFERS = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+TARGET_EXTRAS = re.compile(ROTARY_BUFFERS)
 
 
-def _layer_shapes(
+def layer_shapes(
   config: TargetConfig | DrafterConfig, *, bias: bool, norms: bool
 ) -> dict[Path, tuple[int, ...]]:
   """Stored shapes of the tensors of one layer."""
@@ -131,8 +129,9 @@ def _layer_shapes(
   return shapes
 
 
-def _row(path: Path, shape: tuple[int, ...]) -> TensorRow:
-  return TensorRow(path, path[-1] == "kernel", shape)
+def make_row(path: Path, shape: tuple[int, ...]) -> TensorRow:
+  """The row of a parameter, by whose name a kernel is known."""
+  return TensorRow(path, str(path[-1]).endswith("kernel"), shape)
 
 
 def target_table(config: TargetConfig, style: Style = "huggingface") -> Table:
@@ -150,30 +149,13 @@ def target_table(config: TargetConfig, style: Style = "huggingface") -> Table:
   }
   if not config.tied_head:
     top["head", "kernel"] = (V, D)
-  table = {_TOP_NAMES[path][column]: _row(path, top[path]) for path in top}
-  shapes = _layer_shapes(config, bias=config.qkv_bias, norms=config.qk_norm)
+  table = {_TOP_NAMES[path][column]: make_row(path, top[path]) for path in top}
+  shapes = layer_shapes(config, bias=config.qkv_bias, norms=config.qk_norm)
   for i in range(config.num_layers):
     prefix = _LAYER_PREFIX[column].format(i)
     for path, shape in shapes.items():
-      name = prefix + _LAYER_NAMES[path][column]
-      table[name] = _row(("layers", i, *path), shape)
-  return table
-
-
-def drafter_table(config: DrafterConfig) -> Table:
-  """Every tensor of a drafter's checkpoint, by its published name."""
-  D = config.width
-  taps = len(config.target_layer_ids) * config.target_width
-  table = {
-    "fc.weight": _row(("context_projection", "kernel"), (D, taps)),
-    "hidden_norm.weight": _row(("context_norm", "scale"), (D,)),
-    "norm.weight": _row(("norm", "scale"), (D,)),
-  }
-  shapes = _layer_shapes(config, bias=False, norms=True)
-  for i in range(config.num_layers):
-    for path, shape in shapes.items():
-      name = f"layers.{i}.{_LAYER_NAMES[path][0]}"
-      table[name] = _row(("layers", i, *path), shape)
+      name = prefix + LAYER_NAMES[path][column]
+      table[name] = make_row(("layers", i, *path), shape)
   return table
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.weights import names
+from dflash_jax.weights.drafter_names import EXTRAS, drafter_table, publish
 from dflash_jax.weights.names import WeightsError
+from tests.testing import VARIANTS
 
 TARGET = TargetConfig(
   family="qwen2",
@@ -43,7 +45,10 @@ TABLES = {
   "huggingface": names.target_table(TARGET),
   "gguf": names.target_table(TARGET, "gguf"),
   "tied": names.target_table(dataclasses.replace(TARGET, tied_head=True)),
-  "drafter": names.drafter_table(DRAFTER),
+  "drafter": drafter_table(DRAFTER),
+} | {
+  name: drafter_table(dataclasses.replace(DRAFTER, **parts))
+  for name, parts in VARIANTS.items()
 }
 
 
@@ -116,6 +121,79 @@ def test_a_drafter_has_the_documented_tree():
   assert "bias" not in tree["layers"][0]["attention"]["query"]
 
 
+def test_parts_of_a_drafter_have_the_published_names_and_shapes():
+  """Names and shapes of packages dflash 0.1.0 and specforge 0.2.0."""
+  D, V = DRAFTER.width, DRAFTER.vocab_size
+  published = {
+    "dflash2": {
+      "layers.1.attention_conv.base_kernel": (2, 3, D),
+      "layers.1.attention_conv.kernel_projection.weight": (2 * 3 * 5, D),
+      "layers.1.mlp_conv.base_kernel": (2, 3, D),
+      "layers.1.mlp_conv.kernel_projection.weight": (2 * 3 * 5, D),
+      "candidate_selector.predecessor_codebook": (V, 5),
+      "candidate_selector.successor_codebook": (V, 5),
+      "candidate_selector.hidden_projection.weight": (5, D),
+    },
+    "dspark": {
+      "markov_head.markov_w1.weight": (V, 6),
+      "markov_head.markov_w2.weight": (V, 6),
+      "confidence_head.proj.weight": (1, D + 6),
+      "confidence_head.proj.bias": (1,),
+    },
+    "dspark gated": {
+      "markov_head.markov_w1.weight": (V, 3),
+      "markov_head.markov_w2.weight": (V, 3),
+      "markov_head.gate_proj.weight": (3, D + 3),
+      "markov_head.gate_proj.bias": (3,),
+      "confidence_head.proj.weight": (1, D),
+      "confidence_head.proj.bias": (1,),
+    },
+    "dspark rnn": {
+      "markov_head.markov_w1.weight": (V, 5),
+      "markov_head.markov_w2.weight": (V, 5),
+      "markov_head.joint_proj.weight": (15, 10 + D),
+      "markov_head.joint_proj.bias": (15,),
+    },
+    "domino": {
+      "prefix_gru.weight_ih_l0": (21, D),
+      "prefix_gru.weight_hh_l0": (21, 7),
+      "embed_proj.0.weight": (5, D + 7),
+      "embed_proj.2.weight": (V, 5),
+    },
+  }
+  for kind, parts in published.items():
+    added = TABLES[kind].keys() - TABLES["drafter"].keys()
+    found = {
+      name: TABLES[kind][name].shape
+      for name in added
+      if not name.startswith("layers.0.")
+    }
+    assert found == parts, kind
+
+
+@pytest.mark.parametrize(
+  ("name", "published"),
+  [
+    ("logit_head.markov_head.markov_w1.weight", "markov_head.markov_w1.weight"),
+    ("logit_head.prefix_gru.weight_ih_l0", "prefix_gru.weight_ih_l0"),
+    ("markov_w2.weight", "markov_head.markov_w2.weight"),
+    ("gate_proj.bias", "markov_head.gate_proj.bias"),
+    ("joint_proj.weight", "markov_head.joint_proj.weight"),
+    ("confidence_proj.bias", "confidence_head.proj.bias"),
+    (
+      "candidate_selector.successor_codebook.weight",
+      "candidate_selector.successor_codebook",
+    ),
+    ("layers.0.mlp.gate_proj.weight", "layers.0.mlp.gate_proj.weight"),
+    ("logit_head.weight", "logit_head.weight"),
+    ("embed_proj.2.weight", "embed_proj.2.weight"),
+  ],
+)
+def test_other_exporters_names_are_known(name, published):
+  assert publish(name) == published
+  assert publish(published) == published
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_only_the_options_of_a_target_have_rows(family):
   config = dataclasses.replace(
@@ -169,10 +247,10 @@ def test_a_spare_tensor_is_named():
       True,
     ),
     (names.TARGET_EXTRAS, "lm_head.weight", False),
-    (names.DRAFTER_EXTRAS, "lm_head.weight", True),
-    (names.DRAFTER_EXTRAS, "embed_tokens.weight", True),
-    (names.DRAFTER_EXTRAS, "layers.0.self_attn.q_proj.bias", False),
-    (names.DRAFTER_EXTRAS, "my_lm_head.weight", False),
+    (EXTRAS, "lm_head.weight", True),
+    (EXTRAS, "embed_tokens.weight", True),
+    (EXTRAS, "layers.0.self_attn.q_proj.bias", False),
+    (EXTRAS, "my_lm_head.weight", False),
   ],
 )
 def test_only_listed_extras_are_ignored(extras, name, allowed):

@@ -28,6 +28,7 @@ from targets import build, randomize_small_tensors, write_json
 from targets import greedy as greedy_continuation
 
 MIN_MARGIN = 2e-3
+WALK_TEMPERATURE = 0.8  # of a selector's sampled walk
 MASK_TOKEN = 3
 FIRST_TOKEN = 4  # prompts use ids from here on
 TRAIN_LENGTH = 72  # tokens of each training sequence, prompt included
@@ -155,6 +156,36 @@ CASES = {
     "nested": {"mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3]},
   },
   "stop": {"target": "qwen3", "drafter": "plain", "stop": True},
+  "dflash2": {
+    "target": "qwen3",
+    "top": {
+      "architectures": ["DFlash2DraftModel"],
+      "layer_types": ["sliding_attention", "full_attention"],
+      "sliding_window": 9,
+      "use_sliding_window": True,
+      "max_window_layers": 2,
+      "is_causal": False,
+    },
+    "nested": _NESTED
+    | {
+      "conv_kernel_size": 2,
+      "conv_group_size": 4,
+      "selector_rank": 6,
+      "selector_top_k": 5,
+    },
+  },
+  "dflash2_causal": {
+    "target": "qwen3",
+    "top": {"architectures": ["DFlash2DraftModel"], "is_causal": True},
+    "nested": _NESTED
+    | {
+      "final_logit_softcapping": 9.0,
+      "conv_kernel_size": 3,
+      "conv_group_size": 16,
+      "selector_rank": 3,
+      "selector_top_k": 7,
+    },
+  },
 }
 
 
@@ -184,11 +215,19 @@ def load_target(folder):
   ).eval()
 
 
+def drafter_class(folder):
+  """Returns the package's class for the drafter stored there."""
+  config = json.loads((folder / "config.json").read_text())
+  return getattr(dflash.model, config["architectures"][0])
+
+
 def load_drafter(folder):
   """Returns the stored drafter in float32, read by the package dflash."""
-  return dflash.model.DFlashDraftModel.from_pretrained(
-    folder, dtype=torch.float32, attn_implementation="sdpa"
-  ).eval()
+  return (
+    drafter_class(folder)
+    .from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    .eval()
+  )
 
 
 def write_target(name, folder):
@@ -245,9 +284,45 @@ def train(drafter, target, sequences, steps, rate=4e-3):
     loss = torch.nn.functional.cross_entropy(
       logits.flatten(0, 1), labels.flatten()
     )
+    if hasattr(drafter, "candidate_selector"):
+      before = sequences[:, anchor : anchor + size - 1]
+      candidates, scores = score_path(drafter, hidden[:, 1:], logits, before)
+      chosen = candidates == labels[..., None]
+      missed = scores.logsumexp(-1) - (scores * chosen).sum(-1)
+      loss = loss + (missed * chosen.any(-1)).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def score_path(drafter, hidden, logits, before):
+  """Returns a selector's candidates, likeliest first, and their scores.
+
+  Each slot `[B, K - 1]` is scored given the token before it.
+  """
+  selector = drafter.candidate_selector
+  unary, candidates = torch.topk(logits, selector.top_k, dim=-1)
+  asked = selector.predecessor_codebook(before)
+  asked = asked * selector.hidden_projection(hidden)
+  pairs = selector.successor_codebook(candidates)
+  return candidates, unary + torch.einsum("bkr,bkcr->bkc", asked, pairs)
+
+
+def record_selector(drafter, entry):
+  """Adds what the selector said on its way through a round's block."""
+  hidden = entry["draft_hidden"][:, 1:]
+  logits, block = entry["draft_logits"], entry["block"]
+  entry["candidates"], entry["scores"] = score_path(
+    drafter, hidden, logits, block[:, :-1]
+  )
+  torch.manual_seed(len(block))
+  path, candidates, probs = drafter.candidate_selector.select(
+    hidden, logits, block[:, 0], WALK_TEMPERATURE
+  )
+  order = candidates.argsort(-1)
+  entry["walk"] = path
+  entry["walk_candidates"] = candidates.gather(-1, order)
+  entry["walk_probs"] = probs.gather(-1, order)
 
 
 def write_drafter(name, case, folder, target, sequences, steps):
@@ -256,10 +331,12 @@ def write_drafter(name, case, folder, target, sequences, steps):
   write_json(folder / "config.json", drafter_config(case))
   config = transformers.AutoConfig.from_pretrained(folder)
   torch.manual_seed(sum(name.encode()))
-  drafter = dflash.model.DFlashDraftModel(config)
+  drafter = drafter_class(folder)(config)
   with torch.no_grad():
-    for value in drafter.parameters():
+    for key, value in drafter.named_parameters():
       value.copy_(0.15 * torch.randn_like(value))
+      if key.endswith("base_kernel"):
+        value[:, 0] += 1.0
   randomize_small_tensors(drafter)
   train(drafter, target, sequences, steps)
   with tempfile.TemporaryDirectory() as temporary:
@@ -267,7 +344,10 @@ def write_drafter(name, case, folder, target, sequences, steps):
     saved = (pathlib.Path(temporary) / "config.json").read_text()
   write_json(folder / "config_saved.json", json.loads(saved))
   safetensors.torch.save_file(
-    {k: v.contiguous() for k, v in drafter.state_dict().items()},
+    {
+      k.replace("_codebook.weight", "_codebook"): v.contiguous()
+      for k, v in drafter.state_dict().items()
+    },
     folder / "model.safetensors",
     metadata={"format": "pt"},
   )
@@ -330,6 +410,9 @@ def record_decode(
   for entry, (block, logits) in zip(rounds, passes[1:], strict=True):
     entry["block"] = block
     entry["target_logits"] = logits
+    if hasattr(drafter, "candidate_selector"):
+      with torch.no_grad():
+        record_selector(drafter, entry)
   return result, passes[0], rounds
 
 
@@ -337,6 +420,16 @@ def margin(logits):
   """Returns the smallest gap between the two largest logits of any row."""
   top = torch.topk(logits, 2, dim=-1).values
   return (top[..., 0] - top[..., 1]).min().item()
+
+
+def draft_margin(entry):
+  """Returns the smallest gap that decides a round's drafts."""
+  if "scores" not in entry:
+    return margin(entry["draft_logits"])
+  ranked = entry["draft_logits"].sort(-1, descending=True).values
+  k = entry["scores"].shape[-1]
+  last = (ranked[..., k - 1] - ranked[..., k]).min().item()
+  return min(margin(entry["scores"]), last)
 
 
 def summarize(result, first, rounds, prompt, settings):
@@ -369,7 +462,10 @@ def summarize(result, first, rounds, prompt, settings):
   ):
     for key in (*kept, "draft_logits", "target_logits"):
       arrays[f"{label}.{key}"] = entry[key][0].clone()
-    for key in ("position_ids", "block"):
+    for key in {"scores", "walk_probs"} & entry.keys():
+      arrays[f"{label}.{key}"] = entry[key][0].clone()
+    whole = {"candidates", "walk", "walk_candidates"} & entry.keys()
+    for key in {"position_ids", "block"} | whole:
       arrays[f"{label}.{key}"] = entry[key][0].to(torch.int32).clone()
   arrays["prefill_logits"] = first[1][0, -1].clone()
   golden = settings | {
@@ -380,7 +476,7 @@ def summarize(result, first, rounds, prompt, settings):
     "min_target_margin": min(
       [margin(first[1])] + [margin(x["target_logits"]) for x in rounds]
     ),
-    "min_draft_margin": min(margin(x["draft_logits"]) for x in rounds),
+    "min_draft_margin": min(draft_margin(x) for x in rounds),
     "rounds": log,
   }
   return arrays, golden
@@ -506,8 +602,8 @@ def vary(folder, settings, golden):
       drafter, target, prompt, count, tokens, block
     )
     seen = [first[1]] + [x["target_logits"] for x in rounds]
-    seen += [x["draft_logits"] for x in rounds]
-    if min(margin(x) for x in seen) > MIN_MARGIN:
+    margins = [margin(x) for x in seen] + [draft_margin(x) for x in rounds]
+    if min(margins) > MIN_MARGIN:
       records.append(
         {
           "max_new_tokens": count,

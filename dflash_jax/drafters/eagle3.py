@@ -1,0 +1,355 @@
+"""EAGLE-3: one layer that feeds its own output back, a token at a time.
+
+The layer reads pairs of a token and a hidden state of the position *before* it.
+For committed tokens that state is made of three of the target's layers; while
+drafting it is the layer's own output, which is why training unrolls the layer
+("training-time test", see `Eagle3.unroll`). Embedding, hidden state and output
+are of one width D; the head may keep a part of the vocabulary.
+Source: EAGLE-3, arXiv 2503.01840, section 3, and its released model.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dflash_jax import layers
+from dflash_jax.autoregression import draft_chain, draft_tree
+from dflash_jax.cache import KVCache, Rows
+from dflash_jax.drafters.base import Borrowed, Params
+from dflash_jax.drafters.nodes import Nodes, attend_chains, gather
+from dflash_jax.networks import Eagle3Config, TargetConfig
+from dflash_jax.proposal import Drafting, Moment, Proposal
+from dflash_jax.target import Attention
+
+# Parameters that are no part of the network: tables that are looked up.
+_TABLES = ("embedding", "head_ids")
+
+
+class _Network(nnx.Module):
+  """Fusion of the taps, the layer, the head."""
+
+  def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs):
+    D, epsilon = config.width, config.norm_epsilon
+    tap_width = len(config.target_layer_ids) * config.target_width
+    self.context_projection = layers.Linear(tap_width, D, rngs=rngs)
+    self.embedding_norm = layers.RMSNorm(D, epsilon)
+    self.hidden_norm = layers.RMSNorm(D, epsilon)
+    self.attention = layers.Projections(
+      2 * D,
+      config.num_heads,
+      config.num_kv_heads,
+      config.head_width,
+      rngs=rngs,
+    )
+    merged = config.num_heads * config.head_width
+    self.attention.output = layers.Linear(merged, D, rngs=rngs)
+    self.mlp_norm = layers.RMSNorm(D, epsilon)
+    self.mlp = layers.SwiGLU(D, config.mlp_width, rngs=rngs)
+    self.norm = layers.RMSNorm(D, epsilon)
+    self.head = layers.Linear(D, config.draft_vocab_size, rngs=rngs)
+
+  def pair(self, embedded: jax.Array, hidden: jax.Array) -> jax.Array:
+    """f32[B, T, D] each -> f32[B, T, 2 D], what attention reads."""
+    parts = (self.embedding_norm(embedded), self.hidden_norm(hidden))
+    return jnp.concatenate(parts, axis=-1)
+
+
+@functools.cache
+def _definition(config: Eagle3Config) -> nnx.GraphDef:
+  network = nnx.eval_shape(lambda: _Network(config, rngs=nnx.Rngs(0)))
+  return nnx.split(network)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Eagle3State:
+  """The pairs of committed tokens.
+
+  The state of the newest token waits for the token after it, so there is one
+  pair fewer than there are tokens, and pair i stands at position i.
+
+  Attributes:
+    cache: the layer's keys and values of all pairs.
+    waiting: f32[B, D], the fused taps of the newest token.
+    begun: bool[B], whether there is one.
+  """
+
+  cache: KVCache
+  waiting: jax.Array
+  begun: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3:
+  """The EAGLE-3 drafter's formulas, bound to one architecture.
+
+  Attributes:
+    config: of the network.
+    max_drafts: steps a proposal may take, one per depth.
+  """
+
+  config: Eagle3Config
+  max_drafts: int
+
+  reads_drafts: ClassVar[bool] = True
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    """The target layers it reads."""
+    return self.config.target_layer_ids
+
+  def check_target(self, target: TargetConfig) -> None:
+    """Raises ConfigError, naming both numbers, if `target` does not fit."""
+    self.config.check_target(target)
+
+  def init(self, key: jax.Array, dtype: str = "float32") -> Params:
+    """Random parameters: N(0, 0.02) matrices and unit norms.
+
+    A reduced head keeps the first ids until others are put in "head_ids".
+    """
+    network_key, table_key = jax.random.split(key)
+    network = _Network(self.config, rngs=nnx.Rngs(params=network_key))
+    params = nnx.to_pure_dict(nnx.state(network))
+    if self.config.own_embedding:
+      shape = (self.config.vocab_size, self.config.width)
+      rngs = nnx.Rngs(params=table_key)
+      params["embedding"] = layers.normal(rngs, shape)[...]
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    if self.config.draft_vocab_size < self.config.vocab_size:
+      ids = jnp.arange(self.config.draft_vocab_size, dtype=jnp.int32)
+      params["head_ids"] = ids
+    return params
+
+  def bind(self, params: Params, borrowed: Borrowed) -> Params:
+    """All that drafting reads: its parameters, the embedding among them.
+
+    Args:
+      params: as `init` or weights.load_eagle3 gives them.
+      borrowed: the target's tables.
+    """
+    if self.config.own_embedding:
+      return params
+    return {**params, "embedding": borrowed.embedding}
+
+  # --- Decoding ---------------------------------------------------------------
+
+  def init_state(self, batch: int, capacity: int, dtype: str) -> Eagle3State:
+    """No pairs yet."""
+    cache = KVCache.create(
+      num_layers=1,
+      batch=batch,
+      num_kv_heads=self.config.num_kv_heads,
+      capacity=capacity,
+      head_width=self.config.head_width,
+      dtype=jnp.dtype(dtype),
+    )
+    waiting = jnp.zeros((batch, self.config.width), jnp.float32)
+    return Eagle3State(cache, waiting, jnp.zeros((batch,), bool))
+
+  def absorb(
+    self,
+    params: Params,
+    state: Eagle3State,
+    taps: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+  ) -> Eagle3State:
+    """Pairs each token with the state before it, which may have waited.
+
+    A row's very first token has none: its pairs begin with the next.
+    """
+    fused = self.fuse(params, taps)
+    _, T = tokens.shape
+    skipped = 1 - state.begun.astype(jnp.int32)
+    places = skipped[:, None] + jnp.arange(T, dtype=jnp.int32)
+    states = jnp.concatenate([state.waiting[:, None], fused], axis=1)
+    followers = jnp.pad(tokens, ((0, 0), (0, 1)))
+    key, value = self.keys_values(
+      params,
+      gather(followers, places),
+      gather(states, places),
+      state.cache.positions(T),
+    )
+    rows = Rows((key,), (value,))
+    return Eagle3State(
+      cache=state.cache.extend(rows, jnp.maximum(count - skipped, 0)),
+      waiting=gather(states, count[:, None])[:, 0],
+      begun=state.begun | (count > 0),
+    )
+
+  def propose(
+    self,
+    params: Params,
+    state: Eagle3State,
+    anchor: jax.Array,
+    borrowed: Borrowed,
+    drafting: Drafting,
+    moment: Moment,
+    remaining: jax.Array,
+  ) -> Proposal:
+    """Drafts depth by depth: the anchor with the waiting state, then on."""
+    del borrowed, remaining
+    draft = draft_chain
+    if drafting.is_tree:
+      draft = functools.partial(draft_tree, max_depth=self.max_drafts)
+    return draft(
+      functools.partial(self._step, params, state.cache),
+      (Nodes.before(state.cache), state.waiting[:, None]),
+      anchor,
+      params.get("head_ids"),
+      drafting,
+      moment,
+      self.config.vocab_size,
+    )
+
+  def _step(
+    self,
+    params: Params,
+    cache: KVCache,
+    above: tuple[Nodes, jax.Array],
+    tokens: jax.Array,
+    parents: jax.Array,
+    depth: int,
+  ) -> tuple[tuple[Nodes, jax.Array], jax.Array]:
+    """The logits after each of tokens i32[B, W], all at one depth.
+
+    `above` has the nodes drafted before, and the newest ones' outputs.
+    """
+    nodes, outputs = above
+    seen = nodes.below(parents)
+    hidden, rows = self.forward(
+      params,
+      tokens,
+      gather(outputs, parents),
+      cache.length[:, None] + jnp.full_like(tokens, depth),
+      functools.partial(nodes.attend, cache, seen),
+      cache.dtype,
+    )
+    return (nodes.add(rows, seen), hidden), self.logits(params, hidden)
+
+  # --- Formulas that decoding and training share ------------------------------
+
+  def fuse(self, params: Params, taps: jax.Array) -> jax.Array:
+    """taps f32[..., taps * D_target] -> f32[..., D], the target's view."""
+    return self._network(params).context_projection(taps)
+
+  def keys_values(
+    self,
+    params: Params,
+    tokens: jax.Array,
+    hidden: jax.Array,
+    positions: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Of pairs, rotated keys and plain values, f32[B, G, T, H] each."""
+    network = self._network(params)
+    pair = network.pair(self._embed(params, tokens), hidden)
+    key, value = network.attention.keys_values(pair, self._angles(positions))
+    return key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+  def forward(
+    self,
+    params: Params,
+    tokens: jax.Array,
+    hidden: jax.Array,
+    positions: jax.Array,
+    attend: Attention,
+    dtype: jnp.dtype,
+  ) -> tuple[jax.Array, Rows]:
+    """The layer on pairs.
+
+    Args:
+      params: of `bind`.
+      tokens: i32[B, T].
+      hidden: f32[B, T, D], of the position before each: fused taps, or the
+        layer's output there.
+      positions: i32[B, T], of those states, one less than the tokens' own.
+      attend: what each pair sees, itself included.
+      dtype: of keys and values.
+
+    Returns:
+      f32[B, T, D], which `logits` reads and the next step takes as `hidden`;
+      and the pairs' keys and values.
+    """
+    network = self._network(params)
+    angles = self._angles(positions)
+    pair = network.pair(self._embed(params, tokens), hidden)
+    query = network.attention.queries(pair, angles)
+    key, value = (
+      rows.swapaxes(1, 2).astype(dtype)
+      for rows in network.attention.keys_values(pair, angles)
+    )
+    if self.config.norm_before_residual:
+      hidden = network.hidden_norm(hidden)
+    x = hidden + network.attention.merge(attend(0, query, key, value))
+    x = x + network.mlp(network.mlp_norm(x))
+    return x, Rows((key,), (value,))
+
+  def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+    """f32[..., D] of `forward` -> f32[..., V'] of the draft vocabulary."""
+    network = self._network(params)
+    return network.head(network.norm(hidden))
+
+  def unroll(
+    self,
+    params: Params,
+    tokens: jax.Array,
+    taps: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    steps: int,
+  ) -> list[jax.Array]:
+    """What drafting from every position would see, given the true tokens.
+
+    Step s at row t continues a chain that left the target's states behind at t:
+    it pairs token t + 1 + s with the output of step s - 1, and sees the pairs
+    of step 0 up to t and its own chain's since. Its output predicts token
+    t + 2 + s. Rows whose tokens lie past the end are void.
+    Source: EAGLE-3, arXiv 2503.01840, section 3.2 (training-time test).
+
+    Args:
+      params: of `bind`.
+      tokens: i32[B, T].
+      taps: f32[B, T, taps * D_target], the target's states at `tokens`.
+      positions: i32[B, T], of `tokens`.
+      mask: bool[B, T, T], which rows a row sees: itself and those before it, in
+        its own document.
+      steps: drafts per chain.
+
+    Returns:
+      f32[B, T, D] per step, for `logits`.
+    """
+    hidden = self.fuse(params, taps)
+    dtype = params["head"]["kernel"].dtype
+    chains: list[Rows] = []
+    outputs = []
+    for step in range(steps):
+      hidden, rows = self.forward(
+        params,
+        jnp.roll(tokens, -1 - step, axis=1),
+        hidden,
+        positions + step,
+        functools.partial(attend_chains, chains, mask),
+        dtype,
+      )
+      chains.append(rows)
+      outputs.append(hidden)
+    return outputs
+
+  def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+    return params["embedding"][tokens].astype(jnp.float32)
+
+  def _angles(self, positions: jax.Array) -> jax.Array:
+    return layers.rotary_angles(
+      positions,
+      self.config.head_width,
+      self.config.rotary_base,
+      self.config.rotary_scaling,
+    )
+
+  def _network(self, params: Params) -> _Network:
+    own = {name: x for name, x in params.items() if name not in _TABLES}
+    return nnx.merge(_definition(self.config), nnx.State(own))

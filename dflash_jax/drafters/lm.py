@@ -1,0 +1,148 @@
+"""A small language model as the drafter: speculative decoding as it began.
+
+It reads tokens alone, nothing of the target, so any decoder-only model of the
+target's vocabulary will do: an off-the-shelf one of the target's own family, or
+one distilled from the target.
+Source: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from dflash_jax.autoregression import draft_chain, draft_tree
+from dflash_jax.cache import KVCache
+from dflash_jax.config import ConfigError, TargetConfig
+from dflash_jax.drafters.base import Borrowed, Params
+from dflash_jax.drafters.nodes import Nodes
+from dflash_jax.proposal import Drafting, Moment, Proposal
+from dflash_jax.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """A small model's formulas, bound to one architecture.
+
+  Attributes:
+    config: of the small model.
+    max_drafts: passes a proposal may take, one per depth.
+    borrows: whether it uses the target's embedding and head, which `bind` then
+      puts beside its own parameters.
+  """
+
+  config: TargetConfig
+  max_drafts: int
+  borrows: bool = False
+
+  taps: ClassVar[tuple[int, ...]] = ()
+  reads_drafts: ClassVar[bool] = True
+
+  @property
+  def network(self) -> Target:
+    """What runs: nothing tells a small target from a large one."""
+    return Target(self.config)
+
+  def check_target(self, target: TargetConfig) -> None:
+    """Raises ConfigError, naming both numbers, if `target` does not fit."""
+    pairs = {"vocabulary": (self.config.vocab_size, target.vocab_size)}
+    if self.borrows:
+      pairs["width (it borrows the target's embedding and head)"] = (
+        self.config.width,
+        target.width,
+      )
+    for what, (ours, theirs) in pairs.items():
+      if ours != theirs:
+        raise ConfigError(
+          f"draft model and target do not match: {what} is {ours} in the "
+          f"draft model and {theirs} in the target; use a model of the "
+          "target's family"
+        )
+
+  def init(self, key: jax.Array, dtype: str = "float32") -> Params:
+    """Random parameters: N(0, 0.02) matrices and unit norms."""
+    params = self.network.init(key, dtype)
+    if self.borrows:
+      del params["embedding"], params["head"]
+    return params
+
+  def bind(self, params: Params, borrowed: Borrowed) -> Params:
+    """All that drafting reads: its parameters, the target's tables if needed.
+
+    Args:
+      params: as `init` gives them.
+      borrowed: the whole tables, no head trimmed.
+    """
+    if not self.borrows:
+      return params
+    head = {"kernel": borrowed.head}
+    return {**params, "embedding": borrowed.embedding, "head": head}
+
+  def init_state(self, batch: int, capacity: int, dtype: str) -> KVCache:
+    """Keys and values of committed tokens: none yet."""
+    return self.network.init_cache(batch, capacity, dtype)
+
+  def absorb(
+    self,
+    params: Params,
+    state: KVCache,
+    taps: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+  ) -> KVCache:
+    """Reads the tokens that the target has just read.
+
+    Drafts among them are read a second time, and the last of them, which no
+    draft continued, for the first.
+    """
+    del taps
+    _, _, rows = self.network.forward(params, tokens, state)
+    return state.extend(rows, count)
+
+  def propose(
+    self,
+    params: Params,
+    state: KVCache,
+    anchor: jax.Array,
+    borrowed: Borrowed,
+    drafting: Drafting,
+    moment: Moment,
+    remaining: jax.Array,
+  ) -> Proposal:
+    """Drafts depth by depth, one pass each."""
+    del borrowed, remaining
+    draft = draft_chain
+    if drafting.is_tree:
+      draft = functools.partial(draft_tree, max_depth=self.max_drafts)
+    return draft(
+      functools.partial(self._step, params, state),
+      Nodes.before(state),
+      anchor,
+      None,
+      drafting,
+      moment,
+      self.config.vocab_size,
+    )
+
+  def _step(
+    self,
+    params: Params,
+    cache: KVCache,
+    nodes: Nodes,
+    tokens: jax.Array,
+    parents: jax.Array,
+    depth: int,
+  ) -> tuple[Nodes, jax.Array]:
+    """The logits after each of tokens i32[B, W], all at one depth."""
+    seen = nodes.below(parents)
+    positions = cache.length[:, None] + jnp.full_like(tokens, depth)
+    hidden, _, rows = self.network.run(
+      params,
+      tokens,
+      positions,
+      functools.partial(nodes.attend, cache, seen),
+      cache.dtype,
+    )
+    return nodes.add(rows, seen), self.network.logits(params, hidden)

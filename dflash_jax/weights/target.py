@@ -1,0 +1,86 @@
+"""A target, or a small model that drafts for one, in Hugging Face layout."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from dflash_jax.config import TargetConfig
+from dflash_jax.weights import names, safetensors_file
+from dflash_jax.weights.atomic import replace_directory
+from dflash_jax.weights.drafter_config import scaling_fields
+from dflash_jax.weights.names import WeightsError
+
+ARCHITECTURES = {
+  "llama": "LlamaForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+}
+_WEIGHTS_FILE = "model.safetensors"
+_CONFIG_FILE = "config.json"
+
+
+def target_fields(config: TargetConfig, dtype: str) -> dict[str, Any]:
+  """config.json of a target; `read_target_config` is its inverse."""
+  options = (config.qkv_bias, config.qk_norm)
+  own = (config.family == "qwen2", config.family == "qwen3")
+  if options != own:
+    raise WeightsError(
+      f"family {config.family} has qkv_bias, qk_norm = {own}, not {options}; "
+      "name the family that does"
+    )
+  return {
+    "architectures": [ARCHITECTURES[config.family]],
+    "model_type": config.family,
+    "eos_token_id": list(config.eos_ids) or None,
+    "head_dim": config.head_width,
+    "hidden_act": "silu",
+    "hidden_size": config.width,
+    "intermediate_size": config.mlp_width,
+    "max_position_embeddings": config.max_length,
+    "num_attention_heads": config.num_heads,
+    "num_hidden_layers": config.num_layers,
+    "num_key_value_heads": config.num_kv_heads,
+    "rms_norm_eps": config.norm_epsilon,
+    "rope_scaling": scaling_fields(config.rotary_scaling),
+    "rope_theta": config.rotary_base,
+    "tie_word_embeddings": config.tied_head,
+    "torch_dtype": dtype,
+    "vocab_size": config.vocab_size,
+  }
+
+
+def save_target(
+  directory: str | os.PathLike[str],
+  config: TargetConfig,
+  params: names.Params,
+  *,
+  dtype: str = "bfloat16",
+) -> None:
+  """Writes network and parameters, whole or not at all; no tokenizer.
+
+  Args:
+    directory: where; an earlier one there is replaced, but a directory with
+      other files is refused.
+    config: the network.
+    params: its parameters, embedding and head included; a tied head, being the
+      embedding, is not stored.
+    dtype: on disk, "bfloat16" or "float32".
+
+  Raises:
+    WeightsError: parameters that are not this network's, or a failed write.
+  """
+  disk_dtype = names.parameter_dtype(dtype)
+  fields = target_fields(config, disk_dtype.name)
+  if config.tied_head:
+    params = {name: x for name, x in params.items() if name != "head"}
+  tensors = names.stored_tensors(
+    names.target_table(config), params, disk_dtype, source="params to save"
+  )
+  text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+  files = frozenset({_WEIGHTS_FILE, _CONFIG_FILE})
+  with replace_directory(pathlib.Path(directory), files) as temporary:
+    with temporary.open(_WEIGHTS_FILE) as file:
+      safetensors_file.write_safetensors(file, tensors)
+    with temporary.open(_CONFIG_FILE) as file:
+      file.write(text.encode())
