@@ -63,7 +63,7 @@ def get_config() -> Config:
       batch_size=BATCH_SIZE,
       sequence_length=3072,
       num_anchors=512,
-      loss="ce",
+      slot_weights="decay",
       learning_rate=6e-4,
       loss_chunk=128,
       evaluate_every=2000,

@@ -60,7 +60,7 @@ def get_config() -> Config:
       batch_size=BATCH_SIZE,
       sequence_length=3072,
       num_anchors=512,
-      loss="ce",  # with the paper's decay for block 16, gamma 7
+      slot_weights="decay",  # with the paper's decay for block 16, gamma 7
       learning_rate=6e-4,
       loss_chunk=128,
       evaluate_every=2000,

@@ -47,7 +47,7 @@ def get_config() -> Config:
       steps=14_000,
       loss_chunk=256,
       learning_rate=2.5e-3,
-      teacher_share=0.5,
+      loss="0.5*ce + 0.5*kl",
       log_every=100,
       evaluate_every=2000,
       checkpoint_every=2000,

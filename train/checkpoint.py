@@ -1,5 +1,6 @@
 """Orbax checkpoints of a training run: the newest few, and the best."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -14,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from dflash_jax.drafters import DFlash
 from dflash_jax.target import Params
 from train.files import FileError
-from train.step import TrainState, fold_tap_scale
+from train.state import TrainState, fold_tap_scale
 
 
 class CheckpointError(FileError):
@@ -126,8 +127,15 @@ class Checkpoints:
     abstract = jax.tree.map(_abstract, _as_dict(like))
     return TrainState(**self._load(self.latest_step, abstract))
 
-  def restore_drafter(self, drafter: DFlash, step: int) -> Params:
+  def restore_drafter(
+    self, drafter: DFlash, step: int, columns: int | None = None
+  ) -> Params:
     """Reads the drafter proper out of a checkpoint, its masters folded.
+
+    Args:
+      drafter: what was trained.
+      step: of the checkpoint; the average of weights if it holds one.
+      columns: V', of a trimmed head.
 
     Raises:
       CheckpointError: if there is none of that step, or it does not fit.
@@ -137,16 +145,20 @@ class Checkpoints:
         f"{self.directory} holds no checkpoint of step {step}; it has "
         f"{sorted(self.taus)}"
       )
-    params = jax.eval_shape(drafter.init, jax.random.key(0))
+    params = jax.eval_shape(
+      functools.partial(drafter.init, columns=columns), jax.random.key(0)
+    )
+    saved = self._metrics[step].get("checksums", {})
+    name = "average" if "average" in saved else "params"
     width, _ = params["context_projection"]["kernel"].shape
     scale = jax.ShapeDtypeStruct((width,), jnp.float32)
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # without the optimizer
     with context:
       loaded = self._load(
-        step, jax.tree.map(_abstract, {"params": params, "tap_scale": scale})
+        step, jax.tree.map(_abstract, {name: params, "tap_scale": scale})
       )
-    return fold_tap_scale(loaded["params"], loaded["tap_scale"])
+    return fold_tap_scale(loaded[name], loaded["tap_scale"])
 
   def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     try:
@@ -185,12 +197,15 @@ def quieten_orbax() -> None:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-  return {
+  parts = {
     "step": state.step,
     "params": state.params,
     "optimizer": state.optimizer,
     "tap_scale": state.tap_scale,
   }
+  if state.average is not None:
+    parts["average"] = state.average
+  return parts
 
 
 def _checksums(tree: dict[str, Any]) -> dict[str, int]:

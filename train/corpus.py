@@ -136,18 +136,8 @@ class Corpus:
     return np.sort(ranked).astype(np.int32)
 
   def train_indices(self, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Examples of one step: a pure function, so a restart changes nothing.
-
-    Every epoch is its own permutation of the training split.
-    """
-    size = len(self.train)
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return np.array(
-      [
-        self.train[_epoch_order(seed, place // size, size)[place % size]]
-        for place in places
-      ]
-    )
+    """Examples of one step, see `batch_order`."""
+    return self.train[batch_order(step, batch_size, seed, len(self.train))]
 
   def batch(
     self, indices: np.ndarray, length: int
@@ -161,6 +151,18 @@ class Corpus:
       tokens[row, :kept] = example_tokens[:kept]
       mask[row, :kept] = example_mask[:kept]
     return tokens, mask
+
+
+def batch_order(step: int, batch_size: int, seed: int, size: int) -> np.ndarray:
+  """i64[batch_size]: which of `size` rows a step reads.
+
+  A pure function, so a restart changes nothing. Every epoch is its own
+  permutation.
+  """
+  places = range(step * batch_size, (step + 1) * batch_size)
+  return np.array(
+    [_epoch_order(seed, place // size, size)[place % size] for place in places]
+  )
 
 
 def spread(indices: np.ndarray, count: int) -> np.ndarray:

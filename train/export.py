@@ -63,11 +63,13 @@ def export(
   )
   number = _choose_step(checkpoints, step)
   drafter = DFlash(run.drafter)
-  params = checkpoints.restore_drafter(drafter, number)
+  ids = run.draft_vocabulary
+  params = checkpoints.restore_drafter(
+    drafter, number, columns=None if ids is None else len(ids)
+  )
   tau = checkpoints.taus[number]
   checkpoints.close()
   origin = {"run": config.name, "target": config.target.path, "step": number}
-  ids = run.draft_vocabulary
   weights.save_drafter(
     output,
     run.drafter,

@@ -1,6 +1,5 @@
 """The training loop, read downwards: set up, step, log, evaluate, keep."""
 
-import math
 import time
 from typing import Any
 
@@ -20,7 +19,8 @@ from train.record import (
 )
 from train.settings import check_settings
 from train.setup import Setup
-from train.step import TrainState, fold_tap_scale
+from train.state import TrainState
+from train.sums import SlotSums, summarize
 from train.walk import Walk, walk
 
 INIT_STREAM = 2**31  # noise of the first weights; steps draw from 0, 1, ...
@@ -56,7 +56,8 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
   ids = None if setup.head_ids is None else tuple(setup.head_ids.tolist())
   run = Run(setup.corpus.checksum, trainer.drafter.config, ids)
   key = jax.random.fold_in(jax.random.key(settings.seed), INIT_STREAM)
-  state = trainer.init_state(key, setup.tap_scale())
+  columns = None if ids is None else len(ids)
+  state = trainer.init_state(key, setup.tap_scale(), columns)
   if resume:
     check_same_run(workdir, run)
     state = checkpoints.restore(state)
@@ -73,15 +74,15 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
 
   # --- Step -------------------------------------------------------------------
   result = None
-  pending: list[dict[str, jax.Array]] = []
+  pending: list[tuple[SlotSums, dict[str, jax.Array]]] = []
   clock = time.perf_counter()
   with tqdm.tqdm(total=settings.steps, initial=first, desc="train") as bar:
     for step in range(first, settings.steps):
       batch = setup.train_batch(step)
-      state, metrics = trainer.update(
+      state, sums, norms = trainer.update(
         state, setup.target_params, setup.borrowed, batch
       )
-      pending.append(metrics)
+      pending.append((sums, norms))
       done = step + 1
       keeps = (
         done % settings.evaluate_every == 0
@@ -92,7 +93,7 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
       # --- Log ----------------------------------------------------------------
       # At checkpoints too, so that a resumed run writes the same lines.
       if keeps or done % settings.log_every == 0:
-        record = _average(jax.device_get(pending), done)
+        record = _summarize(jax.device_get(pending), done)
         seconds = time.perf_counter() - clock
         record["slots_per_s"] = record["slots"] * len(pending) / seconds
         log.write("train", done, record)
@@ -116,21 +117,19 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
 
 def evaluate(setup: Setup, state: TrainState) -> tuple[Walk, dict[str, Any]]:
   """Walks the held-out answers; also what metrics.jsonl says of them."""
-  params = fold_tap_scale(state.params, state.tap_scale)
-  right, masks, loss, weight = [], [], 0.0, 0.0
+  params = state.drafter
+  right, masks, sums = [], [], []
   for start in range(0, len(setup.evaluation), EVALUATION_BATCH):
     part = setup.evaluation[start : start + EVALUATION_BATCH]
     batch = setup.batch(part, rows=EVALUATION_BATCH)
-    matches, sums = setup.trainer.matches(
+    matches, part_sums = setup.trainer.matches(
       params, setup.target_params, setup.borrowed, batch
     )
     right.append(np.asarray(matches))
     masks.append(np.asarray(batch.loss_mask))
-    loss += float(sums.loss)
-    weight += float(sums.weight)
+    sums.append(jax.device_get(part_sums))
   result = walk(np.concatenate(right), np.concatenate(masks))
-  return result, {
-    "loss": loss / max(weight, 1e-6),
+  return result, _as_lists(summarize(_add(sums))) | {
     "tau": result.tau,
     "tau_per_answer": result.tau_per_answer,
     "acceptance": result.acceptance.tolist(),
@@ -163,17 +162,29 @@ def _open_checkpoints(
   return checkpoints
 
 
-def _average(metrics: list[dict[str, np.ndarray]], step: int) -> dict[str, Any]:
-  """Means over the steps since the last log; refuses what is not finite."""
-  first = step - len(metrics) + 1
-  for offset, values in enumerate(metrics):
-    for name in ("loss", "gradient_norm", "update_norm"):
-      if not math.isfinite(values[name]):
+def _summarize(
+  pending: list[tuple[SlotSums, dict[str, np.ndarray]]], step: int
+) -> dict[str, Any]:
+  """Of the steps since the last log; refuses what is not finite."""
+  first = step - len(pending) + 1
+  for offset, (sums, norms) in enumerate(pending):
+    values: dict[str, Any] = {"loss": sums.loss, **norms}
+    for name, value in values.items():
+      if not np.isfinite(value):
         raise TrainingDiverged(
-          f"{name} is {values[name]} at step {first + offset}; lower "
+          f"{name} is {value} at step {first + offset}; lower "
           "train.learning_rate or resume from an earlier checkpoint"
         )
-  return {
-    name: np.mean([values[name] for values in metrics], axis=0).tolist()
-    for name in metrics[0]
-  }
+  record = _as_lists(summarize(_add([sums for sums, _ in pending])))
+  record["slots"] /= len(pending)
+  every = [norms for _, norms in pending]
+  means = {name: np.mean([n[name] for n in every]) for name in every[0]}
+  return record | _as_lists(means)
+
+
+def _add(sums: list[SlotSums]) -> SlotSums:
+  return jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums)
+
+
+def _as_lists(values: dict[str, Any]) -> dict[str, Any]:
+  return {name: np.asarray(value).tolist() for name, value in values.items()}

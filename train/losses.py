@@ -1,54 +1,36 @@
-"""Losses over the slots of a block, and the weights that shape them.
+"""What a slot of a block costs, and how much it counts: formulas alone.
 
-Every loss is sum(w CE) / sum(w) with w detached; only the weights differ.
+Notation: p is the target's law of a slot, q the drafter's; alpha, the sum of
+min(p, q), is the chance that a draft drawn from q is accepted (Leviathan et al.
+2023, arXiv 2211.17192, section 3), TV = 1 - alpha their total variation.
+Nothing here knows a drafter; train/objective.py puts the pieces together.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from dflash_jax.config import ConfigError, TrainConfig
-
-DECAYS = {16: 7.0, 10: 5.0, 8: 4.0}  # arXiv 2602.06036: gamma by block size
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotSums:
-  """Sums over blocks, which add up across pieces of a batch.
-
-  Attributes:
-    loss: f32[], sum of weight times cross-entropy.
-    weight: f32[], sum of weights.
-    correct: f32[K - 1], supervised slots whose argmax is the label.
-    supervised: f32[K - 1], supervised slots.
-    accepted: f32[], sum over blocks of the leading run of correct slots.
-    blocks: f32[], blocks with a supervised slot.
-  """
-
-  loss: jax.Array
-  weight: jax.Array
-  correct: jax.Array
-  supervised: jax.Array
-  accepted: jax.Array
-  blocks: jax.Array
+# gamma by the number of drafts: arXiv 2602.06036 has 7, 5, 4 for blocks of 16,
+# 10, 8 with their anchors; DSpark, arXiv 2607.05147, has 4 for 7 drafts.
+DECAYS = {16: 7.0, 15: 7.0, 9: 5.0, 7: 4.0}
 
 
-def decay_weights(block_size: int, gamma: float) -> jax.Array:
-  """f32[K - 1]: exp(-(k - 1) / gamma), k = 1..K-1; gamma 0 takes the paper's.
+# --- What a slot counts -------------------------------------------------------
 
-  Source: DFlash, arXiv 2602.06036, section 4; gamma 7, 5, 4 at K = 16, 10, 8.
+
+def decay_weights(num_drafts: int, gamma: float) -> jax.Array:
+  """f32[K']: exp(-(k - 1) / gamma), k = 1..K'; gamma 0 takes the papers'.
+
+  Source: DFlash, arXiv 2602.06036, section 4.
   """
   if not gamma:
-    gamma = DECAYS.get(block_size, block_size / 2)
-  return jnp.exp(-jnp.arange(block_size - 1) / gamma)
+    gamma = DECAYS.get(num_drafts, (num_drafts + 1) / 2)
+  return jnp.exp(-jnp.arange(num_drafts) / gamma)
 
 
 def dpace_weights(
   cross_entropy: jax.Array, mask: jax.Array, alpha: float
 ) -> jax.Array:
-  """f32[..., K - 1]: how much of the accepted length hangs on each slot.
+  """f32[..., K']: how much of the accepted length hangs on each slot.
 
   w_j = sum_{m >= j} prod_{i <= m} q_i, with q_i = (1 - alpha) p_i + alpha, p_i
   the probability given to label i, over supervised slots. The derivative of the
@@ -61,65 +43,92 @@ def dpace_weights(
   return jax.lax.stop_gradient(reverse_sum)
 
 
+# --- What a slot costs --------------------------------------------------------
+
+
+def take(logits: jax.Array, columns: jax.Array) -> jax.Array:
+  """logits f32[..., V'] at columns i32[...]; a column of -1 reads the first."""
+  index = jnp.maximum(columns, 0)[..., None]
+  return jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+
+
+def cross_entropy(logits: jax.Array, columns: jax.Array) -> jax.Array:
+  """f32[...]: -log q(label) of logits f32[..., V'], labels i32[...]."""
+  return jax.nn.logsumexp(logits, axis=-1) - take(logits, columns)
+
+
+def kl(logits: jax.Array, teacher: jax.Array) -> jax.Array:
+  """f32[...]: KL(p || q) of logits f32[..., V'] and teacher log p.
+
+  Source: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
+  """
+  p = jnp.exp(teacher)
+  gap = teacher - jax.nn.log_softmax(logits, axis=-1)
+  return jnp.where(p > 0, p * gap, 0.0).sum(axis=-1)
+
+
+def overlap(logits: jax.Array, teacher: jax.Array) -> jax.Array:
+  """f32[...]: alpha, of logits f32[..., V'] and teacher log p."""
+  q = jax.nn.softmax(logits, axis=-1)
+  return jnp.minimum(jnp.exp(teacher), q).sum(axis=-1)
+
+
+def lk_hybrid(divergence: jax.Array, alpha: jax.Array) -> jax.Array:
+  """f32[...]: lambda KL + (1 - lambda) TV, lambda = exp(-3 alpha), detached.
+
+  KL leads while the two laws hardly meet, TV once they do.
+  Source: LK losses, arXiv 2602.23881, the hybrid with eta 3.
+  """
+  share = jnp.exp(-3 * jax.lax.stop_gradient(alpha))
+  return share * divergence + (1 - share) * (1 - alpha)
+
+
+def expected_length(alpha: jax.Array, mask: jax.Array) -> jax.Array:
+  """f32[...]: E[accepted drafts] of a block, sum_j prod_{i <= j} alpha_i.
+
+  alpha f32[..., K'] over supervised slots, mask bool[..., K'].
+  Source: arXiv 2211.17192; as a loss, "end-to-end TV", arXiv 2607.25852.
+  """
+  return jnp.cumprod(jnp.where(mask, alpha, 0.0), axis=-1).sum(axis=-1)
+
+
+def calibration(odds: jax.Array, chance: jax.Array) -> jax.Array:
+  """f32[...]: binary cross-entropy of log-odds towards a chance in 0..1.
+
+  Source: DSpark, arXiv 2607.05147: c -> 1 - |p - q| / 2 summed, detached.
+  """
+  return jax.nn.softplus(odds) - odds * jax.lax.stop_gradient(chance)
+
+
+def pick(
+  scores: jax.Array, is_label: jax.Array, label_score: jax.Array | None
+) -> jax.Array:
+  """f32[...]: cross-entropy of a selector's K-way choice.
+
+  Source: DFlash 2's loss is unpublished. Of the reconstructions, NeMo Automodel
+  drops a slot whose label is no candidate; speculators and SpecForge put the
+  label in the last candidate's place, in the loss alone.
+
+  Args:
+    scores: f32[..., k], best candidate first.
+    is_label: bool[..., k], at most one of them.
+    label_score: f32[...] to overwrite the last candidate with where none is the
+      label; None drops such slots, at a cost of 0.
+  """
+  found = is_label.any(axis=-1)
+  if label_score is not None:
+    last = jnp.where(found, scores[..., -1], label_score)
+    scores = jnp.concatenate([scores[..., :-1], last[..., None]], axis=-1)
+    is_last = jnp.arange(scores.shape[-1]) == scores.shape[-1] - 1
+    is_label = jnp.where(found[..., None], is_label, is_last)
+    found = jnp.ones_like(found)
+  chosen = jnp.where(is_label, scores, 0.0).sum(axis=-1)
+  return jnp.where(found, jax.nn.logsumexp(scores, axis=-1) - chosen, 0.0)
+
+
 def is_best(logits: jax.Array, columns: jax.Array) -> jax.Array:
   """Whether no logit beats the label's; logits f32[..., V'], columns i32[...].
 
   A maximum and a look-up: an argmax costs a CPU more than the head's matmul.
   """
-  index = jnp.maximum(columns, 0)[..., None]
-  label = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-  return (label >= logits.max(axis=-1)) & (columns >= 0)
-
-
-def slot_sums(
-  logits: jax.Array,
-  columns: jax.Array,
-  mask: jax.Array,
-  config: TrainConfig,
-  teacher: jax.Array | None = None,
-) -> SlotSums:
-  """The loss and its company, over blocks.
-
-  Args:
-    logits: f32[X, K - 1, V'].
-    columns: i32[X, K - 1], the label's column; -1 where a trimmed head lacks
-      it: such a slot can never be right, carries no loss, and breaks a run.
-    mask: bool[X, K - 1], supervised slots.
-    config: names the loss.
-    teacher: f32[X, K - 1, V'], the target's logits of the same tokens, for a
-      config with a teacher_share.
-
-  Raises:
-    ConfigError: for an unknown loss.
-  """
-  K = mask.shape[-1] + 1
-  known = mask & (columns >= 0)
-  top = jax.nn.logsumexp(logits, axis=-1)
-  index = jnp.maximum(columns, 0)[..., None]
-  label = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-  cross_entropy = jnp.where(known, top - label, 0.0)
-  if config.loss == "ce":
-    weights = jnp.broadcast_to(decay_weights(K, config.decay), mask.shape)
-  elif config.loss == "dpace":
-    surprise = jnp.where(known, cross_entropy, jnp.inf)
-    weights = dpace_weights(surprise, mask, config.dpace_alpha)
-  else:
-    raise ConfigError(
-      f"train.loss={config.loss!r} is unknown; choose 'ce' or 'dpace'"
-    )
-  weights = jnp.where(known, weights, 0.0)
-  if teacher is not None:
-    likely = jax.nn.softmax(jax.lax.stop_gradient(teacher), axis=-1)
-    soft = top - (likely * logits).sum(axis=-1)
-    share = config.teacher_share
-    cross_entropy = (1 - share) * cross_entropy + share * soft
-  correct = is_best(logits, columns) & known
-  run = jnp.cumprod(correct.astype(jnp.float32), axis=-1)
-  return SlotSums(
-    loss=(weights * cross_entropy).sum(),
-    weight=weights.sum(),
-    correct=correct.sum(axis=0, dtype=jnp.float32),
-    supervised=mask.sum(axis=0, dtype=jnp.float32),
-    accepted=run.sum(),
-    blocks=mask.any(axis=-1).sum(dtype=jnp.float32),
-  )
+  return (take(logits, columns) >= logits.max(axis=-1)) & (columns >= 0)

@@ -2,59 +2,26 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dflash_jax.config import Config, ConfigError, DrafterConfig, TargetConfig
+from dflash_jax.config import Config
 from dflash_jax.drafters import Borrowed, DFlash
-from dflash_jax.features import choose_taps
 from dflash_jax.model import borrow, load_target
 from dflash_jax.target import Params
-from train.corpus import Corpus, identify_target, spread
+from train.corpus import Corpus, batch_order, identify_target, spread
+from train.design import design_drafter
 from train.feature_cache import FeatureCache, measure_tap_scale
+from train.packing import pack
 from train.settings import check_settings
-from train.step import Batch, Trainer
+from train.state import Batch
+from train.step import Trainer
 
 SCALE_EXAMPLES = 32  # sequences that tell the usual size of each channel
-
-
-def design_drafter(config: Config, target: TargetConfig) -> DrafterConfig:
-  """The architecture config.drafter asks for, on this target.
-
-  Raises:
-    ConfigError: for a tap out of range or a mask token outside the vocabulary.
-  """
-  draft = config.drafter
-  if draft.name != "dflash":
-    raise ConfigError(
-      f"drafter.name={draft.name!r} cannot be trained; choose 'dflash'"
-    )
-  try:
-    taps = draft.taps or choose_taps(target.num_layers, draft.num_taps)
-  except ValueError as error:
-    raise ConfigError(f"drafter: {error}") from error
-  return DrafterConfig(
-    num_layers=draft.num_layers,
-    width=target.width,
-    mlp_width=draft.mlp_width or target.mlp_width,
-    num_heads=draft.num_heads or target.num_heads,
-    num_kv_heads=draft.num_kv_heads or target.num_kv_heads,
-    head_width=draft.head_width or target.head_width,
-    vocab_size=target.vocab_size,
-    block_size=draft.block_size,
-    mask_token_id=draft.mask_token_id,
-    target_layer_ids=tuple(taps),
-    num_target_layers=target.num_layers,
-    target_width=target.width,
-    norm_epsilon=target.norm_epsilon,
-    rotary_base=target.rotary_base,
-    layer_windows=tuple(draft.layer_windows),
-    layer_causal=tuple(draft.layer_causal),
-    max_length=target.max_length,
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,30 +96,66 @@ class Setup:
       head_ids=head_ids,
     )
 
-  def batch(self, indices: np.ndarray, rows: int = 0) -> Batch:
-    """The examples of these indices, with cached features if there are any.
+  def batch(self, indices: Sequence[int] | np.ndarray, rows: int = 0) -> Batch:
+    """A row for each of these examples.
 
     Args:
-      indices: i64[B].
-      rows: at least that many; those past B are empty, with nothing supervised.
+      indices: of examples.
+      rows: at least that many; those past the examples are empty, with nothing
+        supervised.
     """
-    length = self.trainer.config.sequence_length
-    arrays = list(self.corpus.batch(indices, length))
-    if self.cache:
-      arrays.append(self.cache.batch(indices, length))
-    empty = max(0, rows - len(indices))
-    tokens, mask, *taps = [
-      jnp.asarray(np.pad(x, [(0, empty)] + [(0, 0)] * (x.ndim - 1)))
-      for x in arrays
-    ]
-    return Batch(tokens=tokens, loss_mask=mask, taps=taps[0] if taps else None)
+    lone = [(int(index),) for index in indices]
+    return self._batch(lone + [()] * (rows - len(lone)), 1)
 
   def train_batch(self, step: int) -> Batch:
     """The batch of one step, a pure function of seed and step."""
     config = self.trainer.config
-    return self.batch(
-      self.corpus.train_indices(step, config.batch_size, config.seed)
+    batch_size, seed = config.batch_size, config.seed
+    if not config.packing:
+      return self.batch(self.corpus.train_indices(step, batch_size, seed))
+    places = batch_order(step, batch_size, seed, len(self.packed))
+    return self._batch([self.packed[place] for place in places], config.packing)
+
+  @functools.cached_property
+  def packed(self) -> list[tuple[int, ...]]:
+    """The training examples of each packed row."""
+    config, examples = self.trainer.config, self.corpus.train
+    lengths = self.corpus.lengths[examples]
+    rows = pack(lengths, config.sequence_length, config.packing)
+    logging.info(
+      "packed %d sequences into %d rows; %.1f%% of their tokens are padding",
+      len(examples),
+      len(rows),
+      100
+      - 100
+      * np.minimum(lengths, config.sequence_length).sum()
+      / (len(rows) * config.sequence_length),
     )
+    return [tuple(int(examples[place]) for place in row) for row in rows]
+
+  def _batch(self, rows: Sequence[tuple[int, ...]], most: int) -> Batch:
+    """Rows of examples, side by side, with cached features if there are any."""
+    B, S = len(rows), self.trainer.config.sequence_length
+    cache = self.cache
+    tokens = np.zeros((B, S), np.int32)
+    mask = np.zeros((B, S), bool)
+    documents = np.full((B, S), most, np.int32)  # of padding
+    taps = None
+    if cache:
+      width = len(self.trainer.layers_read) * self.trainer.target.config.width
+      taps = np.zeros((B, S, width), np.float16)
+    for row, examples in enumerate(rows):
+      start = 0
+      for number, index in enumerate(examples):
+        length = min(int(self.corpus.lengths[index]), S - start)
+        place = (row, slice(start, start + length))
+        example = self.corpus.example(index)
+        tokens[place], mask[place] = (x[:length] for x in example)
+        documents[place] = number
+        if cache and taps is not None:
+          taps[place] = cache.batch(np.array([index]), length)[0]
+        start += length
+    return Batch(*jax.tree.map(jnp.asarray, (tokens, mask, documents, taps)))
 
   @functools.cached_property
   def evaluation(self) -> np.ndarray:
@@ -170,6 +173,5 @@ class Setup:
     taps = jax.jit(Trainer.taps, static_argnums=0)(
       self.trainer, self.target_params, batch
     )[..., : self.trainer.tap_width]
-    lengths = np.minimum(self.corpus.lengths[indices], batch.tokens.shape[1])
-    valid = np.arange(batch.tokens.shape[1]) < lengths[:, None]
+    valid = np.asarray(batch.documents) == 0
     return jnp.asarray(measure_tap_scale(np.asarray(taps), valid))

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import resource
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ from tests.testing import tiny_drafter_config, tiny_model
 from train.corpus import Corpus
 from train.corpus_writer import CorpusWriter, Example
 from train.setup import Setup
-from train.step import Trainer, TrainState
+from train.state import TrainState
+from train.step import Trainer
+from train.sums import summarize
 
 ANSWER_TOKENS = 31  # longest answer; shorter ones end in a stop token
 STOP_IDS = (5, 23, 61)
@@ -91,10 +94,14 @@ def corpus(corpus_directory) -> Corpus:
 
 
 def make_setup(
-  model: Model, corpus: Corpus, head_ids: np.ndarray | None = None, **overrides
+  model: Model,
+  corpus: Corpus,
+  head_ids: np.ndarray | None = None,
+  parts: dict[str, Any] | None = None,
+  **overrides,
 ) -> Setup:
   """A Setup around the tiny target, float32, online features."""
-  drafter = DFlash(tiny_drafter_config(model.target.config))
+  drafter = DFlash(tiny_drafter_config(model.target.config, **(parts or {})))
   settings = dataclasses.replace(TRAINING, **overrides)
   return Setup(
     trainer=Trainer.create(model.target, drafter, settings),
@@ -116,13 +123,16 @@ def train_steps(
   setup: Setup, steps: int
 ) -> tuple[TrainState, list[dict[str, jax.Array]]]:
   """A fresh drafter after some steps, and the metrics of each."""
-  state = setup.trainer.init_state(jax.random.key(1), setup.tap_scale())
+  columns = None if setup.head_ids is None else len(setup.head_ids)
+  state = setup.trainer.init_state(
+    jax.random.key(1), setup.tap_scale(), columns
+  )
   history = []
   for step in range(steps):
-    state, metrics = setup.trainer.update(
+    state, sums, norms = setup.trainer.update(
       state, setup.target_params, setup.borrowed, setup.train_batch(step)
     )
-    history.append(metrics)
+    history.append(summarize(sums) | norms)
   return state, jax.device_get(history)
 
 

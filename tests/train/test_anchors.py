@@ -20,9 +20,15 @@ def candidates(mask: np.ndarray) -> list[int]:
   return [a for a in range(len(mask) - 1) if mask[a] and mask[a + 1]]
 
 
+def alone(mask: np.ndarray) -> np.ndarray:
+  """One document per row."""
+  return np.zeros(mask.shape, np.int32)
+
+
 def draw(mask, num_anchors, seed=0):
   key = jax.random.key(seed)
-  return map(np.asarray, draw_anchors(key, jnp.asarray(mask), num_anchors))
+  drawn = draw_anchors(key, jnp.asarray(mask), num_anchors, alone(mask))
+  return map(np.asarray, drawn)
 
 
 def test_all_candidates_are_taken_when_there_are_fewer_than_anchors():
@@ -60,7 +66,9 @@ def test_every_candidate_is_drawn_equally_often():
   mask = np.array([[0, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1]], bool)
   allowed = candidates(mask[0])
   keys = jax.random.split(jax.random.key(0), 3000)
-  anchors, valid = jax.vmap(lambda key: draw_anchors(key, mask, 2))(keys)
+  anchors, valid = jax.vmap(
+    lambda key: draw_anchors(key, mask, 2, alone(mask))
+  )(keys)
   assert np.asarray(valid).all()
   counts = np.bincount(np.asarray(anchors).ravel(), minlength=12)
   assert counts.sum() == counts[allowed].sum()
@@ -90,7 +98,7 @@ def test_labels_and_supervision_equal_a_loop():
   for seed in range(5):
     mask = random_mask(seed)
     anchors, valid = draw(mask, 7, seed)
-    blocks = cut_blocks(tokens, mask, anchors, valid, K)
+    blocks = cut_blocks(tokens, mask, anchors, valid, K - 1, alone(mask))
     for row, block in np.ndindex(B, 7):
       anchor, runs = anchors[row, block], bool(valid[row, block])
       for slot in range(1, K):
@@ -99,13 +107,17 @@ def test_labels_and_supervision_equal_a_loop():
         assert blocks.mask[row, block, slot - 1] == runs
         if runs:
           assert blocks.labels[row, block, slot - 1] == tokens[row, position]
+          before = tokens[row, position - 1]
+          assert blocks.previous[row, block, slot - 1] == before
 
 
 def test_supervision_stops_at_the_first_gap_and_at_the_end():
   mask = np.array([[1, 1, 1, 0, 1, 1, 1, 1]], bool)
   tokens = np.arange(10, 18, dtype=np.int32)[None]
   anchors = np.array([[0, 5, 6]])
-  blocks = cut_blocks(tokens, mask, anchors, np.ones((1, 3), bool), K)
+  blocks = cut_blocks(
+    tokens, mask, anchors, np.ones((1, 3), bool), K - 1, alone(mask)
+  )
   assert blocks.labels[0, 0].tolist() == [11, 12, 13, 14]
   assert blocks.mask[0].astype(int).tolist() == [
     [1, 1, 0, 0],  # the gap at 3 ends it, though 4 is supervised
@@ -116,7 +128,7 @@ def test_supervision_stops_at_the_first_gap_and_at_the_end():
 
 def test_every_anchor_is_the_whole_candidate_set():
   mask = random_mask(3)
-  anchors, valid = every_anchor(jnp.asarray(mask))
+  anchors, valid = every_anchor(jnp.asarray(mask), alone(mask))
   for row in range(B):
     assert np.flatnonzero(valid[row]).tolist() == candidates(mask[row])
     assert anchors[row].tolist() == list(range(S))

@@ -11,7 +11,7 @@ import pytest
 from dflash_jax.drafters import DFlash
 from tests.testing import tiny_drafter_config, tiny_target_config
 from train.checkpoint import CheckpointError, Checkpoints, quieten_orbax
-from train.step import TrainState, fold_tap_scale
+from train.state import TrainState, fold_tap_scale
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from train.checkpoint import Checkpoints
 from train.export import export
 from train.files import FileError
 from train.record import Run, write_run
-from train.step import fold_tap_scale
+from train.state import fold_tap_scale
 
 TAUS = {7: 2.5, 9: 1.5}  # the best is not the latest
 

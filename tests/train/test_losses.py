@@ -1,6 +1,6 @@
-"""Losses against slow float64 loops written from the papers' formulas."""
+"""Formulas of a slot against float64 loops, brute force and differences."""
 
-import dataclasses
+import itertools
 import math
 
 import jax
@@ -8,119 +8,81 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.config import ConfigError, TrainConfig
-from train.losses import decay_weights, dpace_weights, slot_sums
+from train import losses
 
-X, K, V = 7, 5, 11  # blocks, slots with the anchor, columns
-TOLERANCE = {"rtol": 2e-6, "atol": 2e-6}  # float32 against float64
+X, K, V = 7, 4, 11  # blocks, drafts, columns
+TOLERANCE = {"rtol": 3e-6, "atol": 2e-6}  # float32 against float64
 
 
 @pytest.fixture(scope="module")
-def data() -> dict[str, np.ndarray]:
-  """Logits, label columns and masks; some labels are outside the head."""
-  rng = np.random.default_rng(0)
-  logits = rng.normal(size=(X, K - 1, V)).astype(np.float32) * 3
-  columns = rng.integers(0, V, (X, K - 1)).astype(np.int32)
-  columns[0] = logits[0].argmax(-1)  # a block all right
-  columns[1, :2] = logits[1, :2].argmax(-1)
-  columns[2, :] = logits[2].argmax(-1)
-  columns[2, 1] = -1  # its run breaks where the head lacks the label
-  columns[3, 0] = -1
-  length = rng.integers(1, K, X)
-  length[:3] = K - 1
-  length[6] = 0  # an invalid block
-  mask = np.arange(K - 1) < length[:, None]
-  return {"logits": logits, "columns": columns, "mask": mask}
+def rng() -> np.random.Generator:
+  return np.random.default_rng(0)
 
 
-def probability(logits: np.ndarray, column: int) -> float:
-  """Softmax in float64; 0 for a column the head lacks."""
-  if column < 0:
-    return 0.0
+@pytest.fixture(scope="module")
+def logits(rng) -> np.ndarray:
+  return rng.normal(size=(X, K, V)).astype(np.float32) * 3
+
+
+@pytest.fixture(scope="module")
+def teacher(rng) -> np.ndarray:
+  """log p; some tokens are impossible, one law is certain."""
+  raw = rng.normal(size=(X, K, V)) * 2
+  raw[1, 2, 3:7] = -np.inf
+  raw[4, 0, 1:] = -np.inf
+  p = np.exp(raw)
+  with np.errstate(divide="ignore"):
+    return np.log(p / p.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def law(logits: np.ndarray) -> np.ndarray:
   exp = np.exp(logits.astype(np.float64))
-  return exp[column] / exp.sum()
+  return exp / exp.sum(-1, keepdims=True)
 
 
-def slow_sums(data, weight_of) -> dict[str, float | np.ndarray]:
-  """slot_sums, slot by slot; weight_of(probabilities, length, slot)."""
-  loss = weight = accepted = blocks = 0.0
-  correct, supervised = np.zeros(K - 1), np.zeros(K - 1)
-  for logits, columns, mask in zip(
-    data["logits"], data["columns"], data["mask"], strict=True
-  ):
-    length = int(mask.sum())
-    chances = [probability(logits[k], columns[k]) for k in range(length)]
-    blocks += length > 0
-    unbroken = True
-    for k in range(length):
-      supervised[k] += 1
-      right = columns[k] >= 0 and logits[k].argmax() == columns[k]
-      correct[k] += right
-      unbroken = unbroken and right
-      accepted += unbroken
-      if columns[k] >= 0:
-        weight += weight_of(chances, length, k)
-        loss -= weight_of(chances, length, k) * math.log(chances[k])
-  return {
-    "loss": loss,
-    "weight": weight,
-    "correct": correct,
-    "supervised": supervised,
-    "accepted": accepted,
-    "blocks": blocks,
-  }
+def slope(function, x: np.ndarray, directions: int = 5) -> None:
+  """Checks jax.grad of a float64 function against central differences."""
+  with jax.enable_x64():
+    x = jnp.asarray(x, jnp.float64)
+    gradient = jax.grad(function)(x)
+    rng = np.random.default_rng(7)
+    for _ in range(directions):
+      way = rng.normal(size=x.shape)
+      step = 1e-6
+      rise = function(x + step * way) - function(x - step * way)
+      np.testing.assert_allclose(
+        float(rise) / (2 * step), float((gradient * way).sum()), rtol=1e-5
+      )
 
 
-def check(config: TrainConfig, data, weight_of):
-  sums = jax.jit(slot_sums, static_argnums=3)(
-    data["logits"], data["columns"], data["mask"], Frozen(config)
-  )
-  for name, value in slow_sums(data, weight_of).items():
-    np.testing.assert_allclose(
-      getattr(sums, name), value, **TOLERANCE, err_msg=name
-    )
-
-
-class Frozen:
-  """A TrainConfig that jit can hash."""
-
-  def __init__(self, config: TrainConfig):
-    self.loss, self.decay = config.loss, config.decay
-    self.dpace_alpha = config.dpace_alpha
-
-
-@pytest.mark.parametrize("gamma", [1.7, 4.0])
-def test_cross_entropy_decays_with_the_slot(data, gamma):
-  check(
-    TrainConfig(loss="ce", decay=gamma),
-    data,
-    lambda chances, length, k: math.exp(-k / gamma),
-  )
+# --- What a slot counts -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-  ("block_size", "gamma"), [(16, 7.0), (10, 5.0), (8, 4.0), (5, 2.5)]
+  ("drafts", "gamma"),
+  [(15, 7.0), (16, 7.0), (9, 5.0), (7, 4.0), (4, 2.5)],
+  ids=["block 16", "block 16, anchor predicts", "10", "8 and DSpark's 7", "5"],
 )
-def test_decay_defaults_to_the_papers(block_size, gamma):
-  expected = [math.exp(-(k - 1) / gamma) for k in range(1, block_size)]
-  np.testing.assert_allclose(decay_weights(block_size, 0.0), expected, 1e-6)
-
-
-def smooth(chances: list[float], alpha: float) -> list[float]:
-  return [(1 - alpha) * q + alpha for q in chances]
+def test_decay_defaults_to_the_papers(drafts, gamma):
+  expected = [math.exp(-(k - 1) / gamma) for k in range(1, drafts + 1)]
+  np.testing.assert_allclose(losses.decay_weights(drafts, 0.0), expected, 1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 0.0])
-def test_dpace_weighs_by_the_survival_of_later_slots(data, alpha):
-  def weight_of(chances, length, j):
-    q = smooth(chances, alpha)
-    return sum(math.prod(q[: m + 1]) for m in range(j, length))
+def test_dpace_weighs_by_the_survival_of_later_slots(rng, alpha):
+  chances = rng.uniform(0.05, 0.95, (X, K))
+  chances[3, 1] = 0.0  # a label that the head lacks
+  lengths = rng.integers(0, K + 1, X)
+  mask = np.arange(K) < lengths[:, None]
+  with np.errstate(divide="ignore"):
+    weights = losses.dpace_weights(-np.log(chances), mask, alpha)
+  for row, j in np.ndindex(X, K):
+    q = [(1 - alpha) * c + alpha for c in chances[row]]
+    expected = sum(math.prod(q[: m + 1]) for m in range(j, lengths[row]))
+    np.testing.assert_allclose(weights[row, j], expected, **TOLERANCE)
 
-  check(TrainConfig(loss="dpace", dpace_alpha=alpha), data, weight_of)
 
-
-def test_dpace_weight_is_the_derivative_of_the_expected_accepted_length():
-  rng = np.random.default_rng(1)
+def test_dpace_weight_is_the_derivative_of_the_expected_accepted_length(rng):
   chances = rng.uniform(0.2, 0.9, 6)
   length = 5  # the last slot is not supervised
 
@@ -133,108 +95,161 @@ def test_dpace_weight_is_the_derivative_of_the_expected_accepted_length():
     (expected_length(log_q + d) - expected_length(log_q - d)) / (2 * step)
     for d in np.eye(6) * step
   ]
-  weights = dpace_weights(-log_q, np.arange(6) < length, alpha=0.0)
+  weights = losses.dpace_weights(-log_q, np.arange(6) < length, alpha=0.0)
   np.testing.assert_allclose(weights, derivative, rtol=1e-5, atol=1e-6)
 
 
-def test_weights_are_detached(data):
-  """The gradient is that of cross-entropy under fixed weights."""
-  logits, columns, mask = data["logits"], data["columns"], data["mask"]
-  config = TrainConfig(loss="dpace")
-  known = mask & (columns >= 0)
-
-  def cross_entropy(logits):
-    chosen = jnp.take_along_axis(
-      jax.nn.log_softmax(logits), jnp.maximum(columns, 0)[..., None], -1
-    )[..., 0]
-    return jnp.where(known, -chosen, 0.0)
-
-  surprise = jnp.where(known, cross_entropy(logits), jnp.inf)
-  weights = dpace_weights(surprise, mask, config.dpace_alpha)
-  weights = np.where(known, weights, 0.0)
-  gradient = jax.grad(lambda x: slot_sums(x, columns, mask, config).loss)(
-    logits
-  )
-  expected = jax.grad(lambda x: (weights * cross_entropy(x)).sum())(logits)
-  np.testing.assert_allclose(gradient, expected, **TOLERANCE)
-  assert np.isfinite(gradient).all()
-
-
-def test_a_label_outside_the_trimmed_head_costs_nothing_and_breaks_the_run(
-  data,
-):
-  for loss in ("ce", "dpace"):
-    config = TrainConfig(loss=loss)
-    one = {name: array[2:3] for name, array in data.items()}
-    sums = slot_sums(one["logits"], one["columns"], one["mask"], config)
-    assert sums.correct.tolist() == [1, 0, 1, 1]
-    assert sums.supervised.tolist() == [1, 1, 1, 1]
-    assert float(sums.accepted) == 1.0
-    gradient = jax.grad(
-      lambda x, c=config, o=one: slot_sums(x, o["columns"], o["mask"], c).loss
-    )(one["logits"])
-    assert not np.asarray(gradient)[0, 1].any()
-    assert np.asarray(gradient)[0, 2].any()
-
-
-@pytest.mark.parametrize("loss", ["ce", "dpace"])
-def test_sums_over_pieces_add_up_to_the_whole(data, loss):
-  config = TrainConfig(loss=loss)
-  order = ("logits", "columns", "mask")
-  whole = slot_sums(*(data[name] for name in order), config)
-  pieces = [
-    slot_sums(*(data[name][part] for name in order), config)
-    for part in (slice(0, 2), slice(2, 3), slice(3, 7))
-  ]
-  for field in dataclasses.fields(whole):
-    total = sum(getattr(piece, field.name) for piece in pieces)
-    np.testing.assert_allclose(
-      getattr(whole, field.name), total, **TOLERANCE, err_msg=field.name
-    )
-
-
-@pytest.mark.parametrize("share", [0.3, 1.0])
-@pytest.mark.parametrize("loss", ["ce", "dpace"])
-def test_soft_labels_share_in_the_loss_and_keep_the_weights(data, loss, share):
-  """CE against the teacher's softmax, slot by slot in float64."""
-  config = TrainConfig(loss=loss, teacher_share=share)
-  rng = np.random.default_rng(4)
-  teacher = rng.normal(size=data["logits"].shape).astype(np.float32) * 2
-  order = (data[name] for name in ("logits", "columns", "mask"))
-  arguments = (*order, config)
-  hard = slot_sums(*arguments)
-  mixed = slot_sums(*arguments, teacher)
-  logits = data["logits"].astype(np.float64)
-  log_q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  p = np.exp(teacher.astype(np.float64))
-  p /= p.sum(-1, keepdims=True)
-  soft = -(p * log_q).sum(-1)
-  known = data["mask"] & (data["columns"] >= 0)
-  column = np.maximum(data["columns"], 0)[..., None]
-  label = -np.take_along_axis(log_q, column, -1)[..., 0]
-  if loss == "ce":
-    weights = np.broadcast_to(decay_weights(K, 0.0), known.shape)
-  else:
-    surprise = np.where(known, label, np.inf)
-    weights = dpace_weights(surprise, data["mask"], config.dpace_alpha)
-  expected = (1 - share) * label + share * soft
-  expected = np.where(known, weights * expected, 0).sum()
-  np.testing.assert_allclose(mixed.loss, expected, rtol=1e-5)
-  for name in ("weight", "correct", "accepted"):
-    np.testing.assert_array_equal(getattr(hard, name), getattr(mixed, name))
-
-
-def test_a_student_that_equals_its_teacher_has_nothing_left_to_learn(data):
-  config = TrainConfig(teacher_share=1.0)
-  logits, columns, mask = data["logits"], data["columns"], data["mask"]
+def test_dpace_weights_are_detached():
   gradient = jax.grad(
-    lambda x: slot_sums(x, columns, mask, config, logits).loss
-  )(logits)
+    lambda x: losses.dpace_weights(x, np.ones(4, bool), 0.5).sum()
+  )(np.array([0.1, 0.7, 1.9, 0.4]))
+  assert not gradient.any()
+
+
+# --- What a slot costs --------------------------------------------------------
+
+
+def test_cross_entropy_is_minus_the_log_of_the_labels_chance(rng, logits):
+  columns = rng.integers(0, V, (X, K))
+  chances = np.take_along_axis(law(logits), columns[..., None], -1)[..., 0]
+  found = losses.cross_entropy(logits, columns)
+  np.testing.assert_allclose(found, -np.log(chances), **TOLERANCE)
+
+
+def test_kl_runs_from_the_target_to_the_drafter(logits, teacher):
+  expected = np.zeros((X, K))
+  q = law(logits)
+  for row, slot in np.ndindex(X, K):
+    for v in range(V):
+      p = math.exp(teacher[row, slot, v].astype(np.float64))
+      if p:
+        expected[row, slot] += p * math.log(p / q[row, slot, v])
+  np.testing.assert_allclose(losses.kl(logits, teacher), expected, **TOLERANCE)
+  gradient = jax.grad(lambda x: losses.kl(x, teacher).sum())(logits)
+  np.testing.assert_allclose(gradient, q - np.exp(teacher), atol=1e-6)
+
+
+def test_overlap_is_one_minus_half_the_distance(logits, teacher):
+  p = np.exp(teacher.astype(np.float64))
+  expected = 1 - np.abs(p - law(logits)).sum(-1) / 2
+  found = losses.overlap(logits, teacher)
+  np.testing.assert_allclose(found, expected, **TOLERANCE)
+  slope(lambda x: losses.overlap(x, jnp.asarray(teacher)).sum(), logits)
+
+
+def test_equal_laws_have_nothing_left_to_learn(logits):
+  same = jax.nn.log_softmax(logits)
+  np.testing.assert_allclose(losses.kl(logits, same), 0, atol=1e-5)
+  np.testing.assert_allclose(losses.overlap(logits, same), 1, atol=1e-5)
+  gradient = jax.grad(lambda x: losses.kl(x, same).sum())(logits)
   np.testing.assert_allclose(gradient, np.zeros_like(gradient), atol=1e-5)
 
 
-def test_an_unknown_loss_is_refused(data):
-  with pytest.raises(ConfigError, match="'mse' is unknown; choose 'ce'"):
-    slot_sums(
-      data["logits"], data["columns"], data["mask"], TrainConfig(loss="mse")
-    )
+def test_the_lk_hybrid_mixes_by_a_share_that_is_no_part_of_the_gradient(
+  logits, teacher
+):
+  p, q = np.exp(teacher.astype(np.float64)), law(logits)
+  alpha = np.minimum(p, q).sum(-1)
+  share = np.exp(-3 * alpha)
+  with np.errstate(divide="ignore", invalid="ignore"):
+    kl = np.nansum(p * (np.log(p) - np.log(q)), -1)
+  found = losses.lk_hybrid(jnp.asarray(kl), jnp.asarray(alpha))
+  expected = share * kl + (1 - share) * (1 - alpha)
+  np.testing.assert_allclose(found, expected, **TOLERANCE)
+  by_kl, by_alpha = jax.grad(
+    lambda kl, alpha: losses.lk_hybrid(kl, alpha).sum(), (0, 1)
+  )(jnp.asarray(kl), jnp.asarray(alpha))
+  np.testing.assert_allclose(by_kl, share, **TOLERANCE)
+  np.testing.assert_allclose(by_alpha, share - 1, **TOLERANCE)
+
+
+def test_the_expected_length_is_that_of_every_outcome(rng):
+  """Rejection sampling of all draft chains over three tokens, enumerated."""
+  tokens, depth = 3, 4
+  p, q = rng.dirichlet(np.ones(tokens), (2, depth))
+  alpha = np.minimum(p, q).sum(-1)
+  expected = 0.0
+  for chain in itertools.product(range(tokens), repeat=depth):
+    drawn = math.prod(q[d, t] for d, t in enumerate(chain))
+    survives = 1.0
+    for d, token in enumerate(chain):
+      survives *= min(1.0, p[d, token] / q[d, token])
+      expected += drawn * survives
+  mask = np.ones(depth, bool)
+  found = losses.expected_length(jnp.asarray(alpha), mask)
+  np.testing.assert_allclose(found, expected, **TOLERANCE)
+  mask[2:] = False
+  shorter = alpha[0] + alpha[0] * alpha[1]
+  found = losses.expected_length(jnp.asarray(alpha), mask)
+  np.testing.assert_allclose(found, shorter, **TOLERANCE)
+
+
+def test_the_gradient_of_the_expected_length(logits, teacher):
+  mask = np.arange(K) < np.array([4, 3, 4, 0, 1, 2, 4])[:, None]
+
+  def length(x):
+    alpha = losses.overlap(x, jnp.asarray(teacher))
+    return losses.expected_length(alpha, mask).sum()
+
+  slope(length, logits)
+
+
+def test_calibration_is_least_at_the_chance_and_detached_from_it(rng):
+  odds, chance = rng.normal(size=13) * 3, rng.uniform(size=13)
+  c = 1 / (1 + np.exp(-odds))
+  expected = -chance * np.log(c) - (1 - chance) * np.log(1 - c)
+  arguments = (jnp.asarray(odds), jnp.asarray(chance))
+  np.testing.assert_allclose(
+    losses.calibration(*arguments), expected, rtol=1e-5, atol=1e-6
+  )
+  by_odds, by_chance = jax.grad(
+    lambda x, y: losses.calibration(x, y).sum(), (0, 1)
+  )(*arguments)
+  np.testing.assert_allclose(by_odds, c - chance, atol=1e-6)
+  assert not by_chance.any()
+  assert np.isfinite(losses.calibration(jnp.array([-300.0, 300.0]), 0.5)).all()
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_a_selectors_choice_with_and_without_its_misses(rng, overwrites):
+  k = 3
+  columns = np.stack([rng.permutation(V)[:k] for _ in range(X)])
+  scores = rng.normal(size=(X, k)).astype(np.float32)
+  labels = columns[:, 1].copy()
+  labels[2], labels[3] = columns[2, 0], columns[3, 2]
+  missed = (0, 5)
+  for row in missed:
+    labels[row] = next(v for v in range(V) if v not in columns[row])
+  label_score = rng.normal(size=X).astype(np.float32)
+
+  def cost(scores, label_score):
+    is_label = columns == labels[:, None]
+    return losses.pick(scores, is_label, label_score if overwrites else None)
+
+  found = cost(jnp.asarray(scores), jnp.asarray(label_score))
+  for row in range(X):
+    rivals = scores[row].astype(np.float64)
+    if row in missed:
+      if not overwrites:
+        assert found[row] == 0
+        continue
+      rivals[-1] = label_score[row]
+      own = rivals[-1]
+    else:
+      own = rivals[columns[row].tolist().index(labels[row])]
+    expected = math.log(np.exp(rivals).sum()) - own
+    np.testing.assert_allclose(found[row], expected, **TOLERANCE)
+  by_score, by_label = jax.grad(lambda s, g: cost(s, g).sum(), (0, 1))(
+    jnp.asarray(scores), jnp.asarray(label_score)
+  )
+  learns = np.asarray(by_score).any(-1)
+  assert learns.all() if overwrites else (~learns[list(missed)]).all()
+  taught = np.flatnonzero(np.asarray(by_label)).tolist()
+  assert taught == (list(missed) if overwrites else [])
+
+
+def test_a_label_is_best_when_no_logit_beats_it():
+  logits = np.array([[1.0, 3.0, 2.0], [3.0, 3.0, 1.0], [2.0, 1.0, 0.0]])
+  columns = np.array([1, 1, -1])
+  found = losses.is_best(logits, columns)
+  assert found.tolist() == [True, True, False]  # a tie counts, a lack does not

@@ -7,11 +7,10 @@ import pytest
 from dflash_jax.decode import Decoder
 from dflash_jax.decode_state import ModelParams
 from dflash_jax.proposal import Drafting
-from tests.testing import BLOCK_SIZE
-from tests.train.conftest import ANSWER_TOKENS
+from tests.testing import BLOCK_SIZE, VARIANTS
+from tests.train.conftest import ANSWER_TOKENS, make_setup, train_steps
 from train.loop import evaluate
 from train.setup import Setup
-from train.step import fold_tap_scale
 from train.walk import walk
 
 K = BLOCK_SIZE
@@ -94,7 +93,7 @@ def decode_rounds(setup: Setup, params, index: int) -> tuple[list, list]:
   decoder = Decoder(
     target=setup.trainer.target,
     drafter=setup.trainer.drafter,
-    drafting=Drafting(K - 1),
+    drafting=Drafting(setup.trainer.drafter.max_drafts),
     stop_ids=setup.trainer.target.config.eos_ids,
     rounds_per_dispatch=1,
   )
@@ -118,13 +117,8 @@ def decode_rounds(setup: Setup, params, index: int) -> tuple[list, list]:
   return state.tokens[0, : int(mask.sum())].tolist(), rounds
 
 
-@pytest.mark.parametrize("kind", ["trained", "untrained"])
-def test_the_walk_is_what_decoding_does(kind, setup, trained):
-  """Same answers, same anchors, same rounds: walked tau is decoded tau."""
-  state, _ = trained
-  if kind == "untrained":
-    state = setup.trainer.init_state(jax.random.key(3), setup.tap_scale())
-  params = fold_tap_scale(state.params, state.tap_scale)
+def check_walk(setup: Setup, params) -> float:
+  """Same answers, same anchors, same rounds; returns the tau of both."""
   decoded_rounds = decoded_tokens = 0
   matches, masks = [], []
   for index in range(len(setup.corpus)):
@@ -146,13 +140,44 @@ def test_the_walk_is_what_decoding_does(kind, setup, trained):
   result = walk(np.concatenate(matches), np.concatenate(masks))
   assert result.rounds == decoded_rounds
   assert result.tau == pytest.approx(decoded_tokens / decoded_rounds)
-  assert (result.tau > 1.6) == (kind == "trained")
+  return result.tau
+
+
+@pytest.mark.parametrize("kind", ["trained", "untrained"])
+def test_the_walk_is_what_decoding_does(kind, setup, trained):
+  state, _ = trained
+  if kind == "untrained":
+    state = setup.trainer.init_state(jax.random.key(3), setup.tap_scale())
+  assert (check_walk(setup, state.drafter) > 1.6) == (kind == "trained")
+
+
+RECIPES = {
+  "dflash2": {"loss": "ce + selector", "selector_misses": "overwrite"},
+  "dspark": {"loss": "0.1*ce + 1.8*tv + confidence", "slot_weights": "decay"},
+  "domino shifted": {"curriculum": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_variant_learns_and_decodes_as_it_was_walked(model, corpus, name):
+  """Decoding corrects by its own drafts, the walk by the answer's tokens."""
+  one_layer = {"num_layers": 1, "layer_windows": (), "layer_causal": ()}
+  parts = VARIANTS[name] | one_layer
+  setup = make_setup(model, corpus, parts=parts, steps=120, **RECIPES[name])
+  state, history = train_steps(setup, 120)
+  first, last = history[0], history[-1]
+  assert last["loss"] < 0.7 * first["loss"]
+  assert last["anchor_tau"] > first["anchor_tau"] + 0.3
+  if name == "dspark":
+    assert last["confidence_error"] < first["confidence_error"]
+  assert check_walk(setup, state.drafter) > 1.4
 
 
 def test_evaluation_walks_the_held_out_answers_alone(setup, trained):
   state, _ = trained
-  params = fold_tap_scale(state.params, state.tap_scale)
-  decoded = [decode_rounds(setup, params, i)[1] for i in setup.corpus.held_out]
+  decoded = [
+    decode_rounds(setup, state.drafter, i)[1] for i in setup.corpus.held_out
+  ]
   result, record = evaluate(setup, state)
   assert result.rounds == record["rounds"] == sum(map(len, decoded))
   assert np.isfinite(record["loss"])
