@@ -20,6 +20,10 @@ PIP_INSTALL := PIP_USER=0 $(PY) -m pip install --constraint constraints.txt \
 SHOW := 2> >(grep -v '^WARNING: Location' >&2) \
   | sed -unE 's/^ *(Downloading|Using cached) ([^ ]+) \(([0-9.]+ [MG]B)\)/  \2  \3/p'
 
+# What tests compile is kept, for their many processes and for the next run.
+TESTED := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+
 # Packages that exist by now.
 PACKAGES := $(patsubst %/,%,$(dir $(wildcard $(addsuffix /__init__.py, \
   dflash_jax pallas_kernels train eval))))
@@ -43,13 +47,13 @@ demo: $(READY)  ## decode three prompts with and without the drafter
 	  --prompts=configs/demo_prompts.jsonl --compare
 
 test: $(READY)  ## run the tests; ARGS='-k name' picks some
-	@JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(TESTED) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)  ## run the long proofs that `make test` leaves out
-	@JAX_PLATFORMS=cpu $(PY) -m pytest -m slow $(ARGS)
+	@$(TESTED) $(PY) -m pytest -m slow $(ARGS)
 
 kernels: $(READY) $(AOT_READY)  ## run the GPU kernels interpreted, also with planted bugs
-	@JAX_PLATFORMS=cpu $(PY) -m pytest -m kernels -n 2 --dist loadfile $(ARGS)
+	@$(TESTED) $(PY) -m pytest -m kernels -n 2 --dist loadfile $(ARGS)
 
 aot: $(READY) $(AOT_READY)  ## compile the GPU kernels to machine code; no GPU needed
 	@PYTHONPATH="$(CURDIR)/$(AOT)" $(PY) -m pallas_kernels.compile_check $(ARGS)

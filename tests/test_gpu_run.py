@@ -15,7 +15,7 @@ import pytest
 from tools import gpu_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 600
+STEPS = 300
 FLAGS = (
   "--config.synthesis.num_self_prompts=48",
   "--config.synthesis.held_out=0.3",  # of few prompts, some

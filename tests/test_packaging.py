@@ -38,6 +38,7 @@ READ_FLAGS = {
   "eval/main.py",
   "pallas_kernels/bench.py",
   "pallas_kernels/compile_check.py",
+  "pallas_kernels/tune.py",
   "train/export.py",
   "train/main.py",
   "train/synthesize.py",
