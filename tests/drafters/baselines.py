@@ -86,11 +86,12 @@ def check_rows_alone(drafter: Drafter, params: Params) -> None:
   """A row replies alone as in company, and the next compiles nothing new."""
   model = model_with(drafter, params)
   decoder = decoder_of(model, Drafting(2))
+  plain = plain_talk(GREEDY)
   before = Decoder.prefill._cache_size(), Decoder.run_rounds._cache_size()
   for row, prompt in enumerate(PROMPTS):
     assert len(prompt) <= 16, "one bucket"
     alone = talk(model, decoder, slice(row, row + 1))
-    assert alone == [turn[row : row + 1] for turn in plain_talk(GREEDY)]
+    assert alone == [turn[row : row + 1] for turn in plain]
     after = Decoder.prefill._cache_size(), Decoder.run_rounds._cache_size()
     assert np.subtract(after, before).tolist() == [1, 1]
 
