@@ -11,7 +11,7 @@ from pallas_kernels import compile_check
 from pallas_kernels.compile_check import ASSEMBLED
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = "lm_head_verify/smollm2-135m M=32"
+SMALL = "lm_head_verify/smollm2-135m M=128"
 
 
 @pytest.fixture(scope="module")
