@@ -31,7 +31,11 @@ class Prediction:
     return layers.matmul(self.hidden, self.head)
 
   def choose(
-    self, sampling: Sampling, seeds: jax.Array, positions: jax.Array
+    self,
+    sampling: Sampling,
+    seeds: jax.Array,
+    positions: jax.Array,
+    places: jax.Array | None = None,
   ) -> jax.Array:
     """The target's own token after each row.
 
@@ -39,20 +43,26 @@ class Prediction:
       sampling: the target's law.
       seeds: u32[B], one stream per request.
       positions: i32[B, T], of the tokens to be chosen.
+      places: i32[B, T], which of positions i32[B, L] each row's token is at;
+        None where they are in order. Noise is made once for each of the L.
 
     Returns:
       i32[B, T]; the lowest id wins a tie.
     """
     if sampling.is_restricted:
-      return choose(self.logits(), sampling, seeds, positions)
+      return choose(self.logits(), sampling, seeds, positions, places)
     B, T, D = self.hidden.shape
     draws = None
     if not sampling.is_greedy:
+      L = positions.shape[1]
+      if places is not None:
+        places = (places + L * jnp.arange(B)[:, None]).reshape(-1)
       draws = Draws(
-        seeds=jnp.broadcast_to(seeds[:, None], (B, T)).reshape(-1),
-        moments=jnp.broadcast_to(positions, (B, T)).reshape(-1),
+        seeds=jnp.repeat(seeds, L),
+        moments=positions.reshape(-1),
         temperature=sampling.temperature,
         stream=Stream.CHOICE,
+        addresses=places,
       )
     found = lm_head_verify(
       self.hidden.reshape(B * T, D), self.head, draws=draws, vocab_axis=1

@@ -15,6 +15,10 @@ from dflash_jax.config import ConfigError
 from dflash_jax.noise import Stream
 from pallas_kernels.lm_head_verify.reference import argmax
 
+# Of a float32 weight: nuclei are told apart to 2^-16 of it, about as finely as
+# float32 logits tell weights.
+TIED_BITS = 7
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -88,8 +92,8 @@ def weigh(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def _keep_nucleus(weights: jax.Array, share: float) -> jax.Array:
   """Drops tokens whose likelier ones hold `share` of all weight already.
 
-  Found by bisection over the bits of a float, which order positive floats: 30
-  sums over the vocabulary, where a sort costs a CPU many times as much.
+  Found by bisection over the bits of a float, which order positive floats:
+  some 20 sums over the vocabulary, where a sort costs a CPU many times as much.
   """
   needed = share * weights.sum(axis=-1, keepdims=True)
 
@@ -101,11 +105,15 @@ def _keep_nucleus(weights: jax.Array, share: float) -> jax.Array:
     enough = above < needed
     return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-  low = jnp.zeros(needed.shape, jnp.int32)
-  one = jnp.full_like(low, np.float32(1.0).view(np.int32))
-  _, high = jax.lax.fori_loop(0, 30, halve, (low, one))
-  limit = jax.lax.bitcast_convert_type(high, jnp.float32)
-  return jnp.where(weights < limit, 0.0, weights)
+  # The likeliest weighs 1, so all that weigh this much or less cannot hold what
+  # is not needed.
+  least = np.float32((1 - share) / weights.shape[-1] / 2).view(np.int32)
+  one = np.float32(1).view(np.int32)
+  steps = int(one - least).bit_length() - TIED_BITS
+  low, high = (jnp.full(needed.shape, bits) for bits in (least, one))
+  low, _ = jax.lax.fori_loop(0, steps, halve, (low, high))
+  limit = jax.lax.bitcast_convert_type(low, jnp.float32)
+  return jnp.where(weights > limit, weights, 0.0)
 
 
 def choose(
@@ -113,6 +121,7 @@ def choose(
   sampling: Sampling,
   seeds: jax.Array,
   positions: jax.Array,
+  places: jax.Array | None = None,
 ) -> jax.Array:
   """The target's own token after each row.
 
@@ -121,6 +130,7 @@ def choose(
     sampling: greedy, or a law that argmax(p / race time) draws from.
     seeds: u32[B], one stream per request.
     positions: i32[B, T], of the tokens to be chosen.
+    places: i32[B, T] into positions i32[B, L]; None where they are in order.
 
   Returns:
     i32[B, T]; the lowest id wins a tie.
@@ -130,4 +140,7 @@ def choose(
   times = noise.race_times(
     Stream.CHOICE, seeds[:, None], positions, logits.shape[-1]
   )
+  if places is not None:
+    times = jax.lax.optimization_barrier(times)  # made once for each position
+    times = jnp.take_along_axis(times, places[..., None], axis=1)
   return argmax(weigh(logits, sampling) / times)

@@ -138,15 +138,15 @@ class Verifier:
     with noise that depends on its position alone: plain decoding's tokens, for
     any drafter (Daliri et al., arXiv 2408.07978).
     """
-    B, P = proposal.tokens.shape
-    nodes = proposal.tree or tree.chain(B, P)
-    depths = jnp.pad(nodes.depths, ((0, 0), (1, 0)))
-    chosen = prediction.choose(
-      self.sampling, moment.seeds, moment.positions[:, None] + 1 + depths
-    )
+    after = jnp.arange(proposal.num_nodes + 1, dtype=jnp.int32)
+    positions = moment.positions[:, None] + 1 + after
     if proposal.tree is None:
+      chosen = prediction.choose(self.sampling, moment.seeds, positions)
       return match_prefix(proposal, chosen)
     depth = min(self.max_depth, proposal.num_nodes)
+    positions = positions[:, : depth + 1]
+    depths = jnp.pad(proposal.tree.depths, ((0, 0), (1, 0)))
+    chosen = prediction.choose(self.sampling, moment.seeds, positions, depths)
     path, accepted = tree.descend(proposal.tree, proposal.tokens, chosen, depth)
     tokens = jnp.take_along_axis(chosen, path, axis=1)
     return Verdict(tokens, accepted, path)

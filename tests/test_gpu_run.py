@@ -15,14 +15,14 @@ import pytest
 from tools import gpu_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 300
+STEPS = 120
 FLAGS = (
   "--config.synthesis.num_self_prompts=48",
   "--config.synthesis.held_out=0.3",  # of few prompts, some
   f"--config.train.steps={STEPS}",
-  "--config.train.evaluate_every=100",
-  "--config.train.checkpoint_every=100",
-  "--config.train.log_every=100",
+  "--config.train.evaluate_every=40",
+  "--config.train.checkpoint_every=40",
+  "--config.train.log_every=40",
   "--config.eval.limit=1",
   "--config.eval.max_new_tokens=8",
 )
@@ -68,7 +68,7 @@ def calls(tmp_path_factory):
   """Two calls: one cut after its first checkpoint, one that ends."""
   folder = tmp_path_factory.mktemp("machine")
   first = _start(folder, folder / "first")
-  checkpoint = folder / "state/run/checkpoints/100/commit_success.txt"
+  checkpoint = folder / "state/run/checkpoints/40/commit_success.txt"
   _wait_for(checkpoint, first)
   os.killpg(first.pid, signal.SIGTERM)
   cut = _finish(first)
@@ -94,7 +94,7 @@ def test_next_call_resumes_and_ends(calls):
   lines = (folder / "second/metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
   steps = [r["step"] for r in records if r["kind"] == "train"]
-  assert steps == list(range(100, STEPS + 1, 100))
+  assert steps == list(range(40, STEPS + 1, 40))
   names = [r["name"] for r in records if r["kind"] == "evaluation"]
   assert names == ["self-bfloat16", "self-float32"]
 

@@ -84,7 +84,7 @@ def test_speculative_tokens_are_plain_decodings(model, plain, batch_size):
   texts = [p["messages"][-1]["content"] for p in PROMPTS if "messages" in p]
   texts = (texts + [p["prompt"] for p in PROMPTS if "prompt" in p])[:20]
   assert len(texts) == 20
-  settings = {"max_new_tokens": 128, "batch_size": batch_size}
+  settings = {"max_new_tokens": 64, "batch_size": batch_size}
   speculative = generate(model, texts, **settings)
   expected = generate(plain, texts, **settings)
   assert [c.tokens for c in speculative] == [c.tokens for c in expected]

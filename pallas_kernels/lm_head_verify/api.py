@@ -85,6 +85,7 @@ def run_kernel(
 ) -> RowStats:
   """Pads rows, runs a kernel, and merges what its CTAs found."""
   M = hidden.shape[0]
+  draws = draws and draws.spread()
   config = config or choose_config(architecture, M, draws=draws is not None)
   work = tiles.Work.cut(
     M,
@@ -127,7 +128,14 @@ def _check(hidden, head, tokens, draws, vocab_axis, softcap) -> None:
       refuse(f"{name} is {array.dtype}; use a floating-point type")
   rows = {"tokens": tokens}
   if draws is not None:
-    rows |= {"draws.seeds": draws.seeds, "draws.moments": draws.moments}
+    if draws.addresses is None:
+      rows |= {"draws.seeds": draws.seeds, "draws.moments": draws.moments}
+    elif draws.seeds.shape != draws.moments.shape or draws.seeds.ndim != 1:
+      refuse(
+        f"draws.seeds has shape {draws.seeds.shape}, draws.moments "
+        f"{draws.moments.shape}; both hold one number per address"
+      )
+    rows["draws.addresses"] = draws.addresses
     if not draws.temperature > 0:
       refuse(f"draws.temperature={draws.temperature}; use more than 0")
     if draws.seeds.dtype != jnp.uint32:

@@ -70,8 +70,15 @@ def argmax(logits: jax.Array) -> jax.Array:
 
 
 def sample(logits: jax.Array, draws: Draws) -> jax.Array:
-  """i32[M]: argmax of exp(logit / temperature) / race time."""
+  """i32[M]: argmax of logit / temperature - log(race time).
+
+  The logarithm of exp(logit / temperature) / race time: one per address, where
+  the exponential would be one per row.
+  """
   top = logits.max(axis=-1, keepdims=True)
-  weights = jnp.exp((logits - top) / draws.temperature)
   times = race_times(draws.stream, draws.seeds, draws.moments, logits.shape[-1])
-  return argmax(weights / times)
+  gumbel = -jnp.log(times)
+  if draws.addresses is not None:
+    # A gather that takes the noise's making along makes it once for each row.
+    gumbel = jax.lax.optimization_barrier(gumbel)[draws.addresses]
+  return argmax((logits - top) / draws.temperature + gumbel)

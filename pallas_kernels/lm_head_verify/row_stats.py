@@ -41,16 +41,31 @@ class Draws:
   """Where the noise of a row's draw comes from.
 
   Attributes:
-    seeds: u32[M].
-    moments: i32[M], positions of the tokens to be drawn.
+    seeds: u32[A].
+    moments: i32[A], positions of the tokens to be drawn.
     temperature: > 0.
     stream: what the draws are for.
+    addresses: i32[M], which of the A addresses is a row's: many nodes of a tree
+      share a position, whose noise then need only be made once. None where
+      every row has its own, in order.
   """
 
   seeds: jax.Array
   moments: jax.Array
   temperature: float
   stream: int = 0
+  addresses: jax.Array | None = None
+
+  def spread(self) -> "Draws":
+    """The same draws, with an address for each row."""
+    if self.addresses is None:
+      return self
+    return dataclasses.replace(
+      self,
+      seeds=self.seeds[self.addresses],
+      moments=self.moments[self.addresses],
+      addresses=None,
+    )
 
 
 class Partial(NamedTuple):

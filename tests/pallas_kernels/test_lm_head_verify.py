@@ -375,6 +375,26 @@ def _first(draws, count):
   )
 
 
+def test_rows_that_share_an_address_share_its_noise():
+  hidden, head, _ = operands()
+  shared = Draws(
+    seeds=jnp.asarray([7, 9], jnp.uint32),
+    moments=jnp.asarray([3, 5], jnp.int32),
+    temperature=2.0,
+    addresses=jnp.asarray([1, 0, 1, 1, 0], jnp.int32),
+  )
+  own = Draws(
+    seeds=jnp.asarray([9, 7, 9, 9, 7], jnp.uint32),
+    moments=jnp.asarray([5, 3, 5, 5, 3], jnp.int32),
+    temperature=2.0,
+  )
+  for each in (shared, shared.spread()):
+    np.testing.assert_array_equal(
+      lm_head_verify(hidden, head, None, each).sample,
+      lm_head_verify(hidden, head, None, own).sample,
+    )
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
@@ -405,6 +425,11 @@ def test_what_nobody_can_compute_is_a_value_error(changes, message):
     (dict(seeds=np.zeros((4,), np.uint32)), "draws.seeds has shape"),
     (dict(moments=np.zeros((6,), np.int32)), "draws.moments has shape"),
     (dict(seeds=np.zeros((5,), np.int32)), "use uint32"),
+    (dict(addresses=np.zeros((4,), np.int32)), "draws.addresses has shape"),
+    (
+      dict(addresses=np.zeros((5,), np.int32), seeds=np.zeros((2,), np.uint32)),
+      "one number per address",
+    ),
   ],
 )
 def test_impossible_draws_are_a_value_error(changes, message):
