@@ -1,12 +1,13 @@
 """Compiles whole dispatches of speculative decoding for GPUs that are not here.
 
     make aot
-    PYTHONPATH=.:.aot python tools/compile_dispatch.py --models=qwen3_8b
+    PYTHONPATH=.:.aot python tools/compile_dispatch.py --models=qwen3_8b --every
 
 R rounds of draft, verify and commit are one program. For each model and GPU it
 is compiled from abstract weights, and must call the kernels of that GPU, move
 nothing to or from the host, hold no branch and no loop that the host decides,
-and fit the memory. Needs the packages of the extra `aot`.
+and fit the memory. The first GPU gets every setting, the others the first two,
+or all with --every. Needs the packages of the extra `aot`.
 """
 
 import collections
@@ -94,8 +95,9 @@ SETTINGS = (
   Setting(1, "block", 1.0),
   Setting(tree_nodes=64),
 )
+FEW = 2  # of them, for all GPUs but the first
 RESULT = "dispatch: "  # begins a line of a child's output
-TIMEOUT = 1800  # seconds for one GPU
+TIMEOUT = 1800  # seconds for one model on one GPU
 
 
 def drafter_of(model: str) -> DFlash:
@@ -250,25 +252,24 @@ def memory_of(target: str) -> int:
   return int(found[1])
 
 
-def compile_all(target: str, models: list[str]) -> None:
-  """Compiles every setting for one GPU, and prints a line for each."""
-  for model in models:
-    for setting in SETTINGS:
-      compiled = compile_dispatch(target, *dispatch_of(model, setting))
-      memory = compiled.memory_analysis()
-      found = Dispatch(
-        model,
-        target,
-        setting,
-        *examine(compiled.as_text()),
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-      )
-      print(RESULT + json.dumps(dataclasses.asdict(found)), flush=True)
+def compile_all(target: str, model: str, count: int) -> None:
+  """Compiles a model's first settings for one GPU, and prints a line each."""
+  for setting in SETTINGS[:count]:
+    compiled = compile_dispatch(target, *dispatch_of(model, setting))
+    memory = compiled.memory_analysis()
+    found = Dispatch(
+      model,
+      target,
+      setting,
+      *examine(compiled.as_text()),
+      memory.argument_size_in_bytes,
+      memory.temp_size_in_bytes,
+    )
+    print(RESULT + json.dumps(dataclasses.asdict(found)), flush=True)
 
 
-def run_target(target: str, models: list[str]) -> list[Dispatch]:
-  """Compiles for one GPU in a process of its own.
+def run_child(target: str, model: str, count: int) -> list[Dispatch]:
+  """Compiles a model's first settings for one GPU in a process of its own.
 
   Raises:
     RuntimeError: what the process said, if it failed.
@@ -277,9 +278,9 @@ def run_target(target: str, models: list[str]) -> list[Dispatch]:
     [
       sys.executable,
       __file__,
-      "--child",
+      f"--child={count}",
       f"--targets={target}",
-      f"--models={','.join(models)}",
+      f"--models={model}",
     ],
     env=os.environ
     | {
@@ -292,7 +293,7 @@ def run_target(target: str, models: list[str]) -> list[Dispatch]:
     timeout=TIMEOUT,
   )
   if done.returncode:
-    raise RuntimeError(f"{target}:\n{done.stderr}")
+    raise RuntimeError(f"{model} for {target}:\n{done.stderr}")
   records = [
     json.loads(line.removeprefix(RESULT))
     for line in done.stdout.splitlines()
@@ -318,7 +319,7 @@ def main(argv: list[str]) -> None:
         f"{', '.join(known)}"
       )
   if values.child:
-    compile_all(values.targets[0], values.models)
+    compile_all(values.targets[0], values.models[0], values.child)
     return
   sound = True
   print(
@@ -326,8 +327,12 @@ def main(argv: list[str]) -> None:
     f"{'fusions':>8}{'loops':>7}{'arguments':>12}{'temporary':>12}"
   )
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    run = functools.partial(run_target, models=values.models)
-    for dispatches in pool.map(run, values.targets):
+    jobs = [
+      (target, model, len(SETTINGS) if values.every or not index else FEW)
+      for index, target in enumerate(values.targets)
+      for model in values.models
+    ]
+    for dispatches in pool.map(run_child, *zip(*jobs, strict=True)):
       for dispatch in dispatches:
         faults = dispatch.faults(memory_of(dispatch.target))
         sound &= not faults
@@ -340,5 +345,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_list("targets", ["b200", "h100"], "GPUs to compile for.")
   flags.DEFINE_list("models", list(TARGETS), "Models to compile.")
-  flags.DEFINE_bool("child", False, "Internal: compile in this process.")
+  flags.DEFINE_bool("every", False, "Compile every setting for every GPU.")
+  flags.DEFINE_integer("child", 0, "Internal: compile that many settings here.")
   app.run(main)

@@ -373,11 +373,13 @@ SM100 = (
 
 
 def mutants(architecture):
+  """The kernel's own bugs, and half of those in code that both share."""
   own = SM90 if architecture == "sm90" else SM100
+  shared = SHARED[KERNELS.index(architecture) :: len(KERNELS)]
   found = [(*bug[:1], f"kernel_{architecture}.py", *bug[1:]) for bug in own]
   return [
     Mutant(name, f"block_attention/{file}", old, new, arguments)
-    for name, file, old, new, arguments in (*SHARED, *found)
+    for name, file, old, new, arguments in (*shared, *found)
   ]
 
 
