@@ -5,6 +5,7 @@ how many tokens were verified together, on the batch, or on the drafter.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -143,4 +144,44 @@ def choose(
   if places is not None:
     times = jax.lax.optimization_barrier(times)  # made once for each position
     times = jnp.take_along_axis(times, places[..., None], axis=1)
+  if sampling.top_p == 1:
+    return _win(logits, times, sampling)
+  return jax.lax.platform_dependent(
+    logits,
+    times,
+    cpu=functools.partial(_win_in_nucleus, sampling=sampling),
+    default=functools.partial(_win, sampling=sampling),
+  )
+
+
+def _win(logits: jax.Array, times: jax.Array, sampling: Sampling) -> jax.Array:
+  """i32[B, T]: the winner of a race among the tokens that are kept."""
   return argmax(weigh(logits, sampling) / times)
+
+
+def _win_in_nucleus(
+  logits: jax.Array, times: jax.Array, sampling: Sampling
+) -> jax.Array:
+  """The same, without a search for the nucleus.
+
+  Whether one token is in it takes a single sum, so the race is run among all:
+  a winner from outside rules out what weighs no more, and it is run again. A
+  loop of unknown length, which a GPU's host would have to steer.
+  """
+  everyone = dataclasses.replace(sampling, top_p=1.0, min_p=0.0)
+  weights = weigh(logits, everyone)
+  needed = sampling.top_p * weights.sum(axis=-1, keepdims=True)
+  speed = jnp.where(weights < sampling.min_p, -1.0, weights / times)
+
+  def race(carry):
+    ruled_out, _, _ = carry
+    winner = argmax(jnp.where(weights > ruled_out, speed, -1.0))
+    weight = jnp.take_along_axis(weights, winner[..., None], axis=-1)
+    above = jnp.where(weights > weight, weights, 0.0).sum(-1, keepdims=True)
+    is_inside = ~(above >= needed)  # so that logits that are no numbers end it
+    ruled_out = jnp.where(is_inside, ruled_out, weight)
+    return ruled_out, winner, is_inside.all()
+
+  nobody = jnp.full(needed.shape, -1.0)
+  start = nobody, jnp.zeros(needed.shape[:-1], jnp.int32), jnp.array(False)
+  return jax.lax.while_loop(lambda carry: ~carry[2], race, start)[1]

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dflash_jax import noise
 from dflash_jax.config import ConfigError
+from dflash_jax.noise import Stream
 from dflash_jax.sampling import GREEDY, Sampling, argmax, choose, weigh
 
 
@@ -106,6 +108,35 @@ def test_restrictions_equal_those_of_a_sort(sampling):
     expected = slow_weights(logits[row], sampling)
     np.testing.assert_array_equal(weights[row] > 0, expected > 0)
     np.testing.assert_allclose(weights[row], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    Sampling(1.0, top_p=0.9),
+    Sampling(0.3, top_p=0.5),
+    Sampling(1.5, top_p=0.05),
+    Sampling(0.6, top_k=17, top_p=0.5, min_p=0.05),
+    Sampling(2.0, top_p=0.99, min_p=0.2),
+  ],
+  ids=str,
+)
+def test_choices_are_those_of_a_race_among_the_kept(sampling):
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.normal(size=(7, 61, 131)) * 2, jnp.float32)
+  seeds = jnp.arange(7, dtype=jnp.uint32)
+  where = positions(7, 61)
+  times = noise.race_times(Stream.CHOICE, seeds[:, None], where, 131)
+  expected = np.argmax(np.asarray(weigh(logits, sampling) / times), axis=-1)
+  chosen = choose(logits, sampling, seeds, where)
+  np.testing.assert_array_equal(chosen, expected)
+
+
+def test_logits_that_are_no_numbers_end_a_race():
+  logits = jnp.full((1, 2, 11), jnp.nan)
+  seeds = jnp.zeros((1,), jnp.uint32)
+  chosen = choose(logits, Sampling(1.0, top_p=0.9), seeds, positions(1, 2))
+  assert chosen.shape == (1, 2)
 
 
 def test_ties_with_the_last_kept_are_kept():
