@@ -34,6 +34,28 @@ Step = Callable[[Carry, jax.Array, jax.Array, int], tuple[Carry, jax.Array]]
 BEAM = 8  # nodes that a tree continues per depth, and children it considers
 
 
+def draft(
+  step: Step,
+  carry: Carry,
+  anchor: jax.Array,
+  ids: jax.Array | None,
+  drafting: Drafting,
+  moment: Moment,
+  vocab: int,
+  max_depth: int,
+) -> Proposal:
+  """What `draft_tree` or `draft_chain` offers, as drafting asks.
+
+  Args:
+    step, carry, anchor, ids, drafting, moment, vocab: as in `draft_chain`.
+    max_depth: D, the deepest node of a tree.
+  """
+  asked = (step, carry, anchor, ids, drafting, moment, vocab)
+  if drafting.is_tree:
+    return draft_tree(*asked, max_depth)
+  return draft_chain(*asked)
+
+
 def draft_chain(
   step: Step,
   carry: Carry,

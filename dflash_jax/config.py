@@ -49,8 +49,10 @@ class DraftConfig:
   Attributes:
     path: directory of a trained drafter: a block drafter, EAGLE-3, or a small
       language model (then also a .gguf or package:NAME); or "ngram" or "none".
-    name: of a new drafter: "dflash", "dflash2", "dspark" or "domino".
-    num_layers, block_size: of a new drafter.
+    name: of a new drafter: "dflash", "dflash2", "dspark", "domino", "eagle3"
+      or "lm", a small language model.
+    num_layers, block_size: of a new drafter; eagle3 has one layer, and drafters
+      that feed on their own drafts make block_size - 1 of them.
     num_taps: target layers read, placed by features.choose_taps; `taps`, if
       not empty, names them instead.
     mask_token_id: the embedding row that stands for "unknown".
@@ -67,6 +69,8 @@ class DraftConfig:
     gru_width, gru_rank: domino; the state, and what lies between it and the
       vocabulary.
     plain_slots: domino: first drafts of a block that stay uncorrected.
+    lm_width: lm: its width, if it is to have an embedding of its own, tied to
+      its head; 0 takes the target's width and its two tables, frozen.
   """
 
   path: str = "none"
@@ -94,6 +98,7 @@ class DraftConfig:
   gru_width: int = 1024
   gru_rank: int = 256
   plain_slots: int = 1
+  lm_width: int = 0
 
 
 @dataclasses.dataclass
@@ -194,6 +199,8 @@ class TrainConfig:
       with its own positions, context and num_anchors; 0 gives each a row.
     accumulate: pieces that a batch is computed in, one after the other; the
       update is the same.
+    data, fsdp: axes of the mesh of devices, see train/mesh.py; data=0 takes
+      what fsdp leaves. The update is the same but for the order of sums.
     num_anchors: A, blocks per sequence, redrawn every step.
     loss: weighted sum of terms, such as "0.1*ce + 1.8*tv + confidence"; see
       train/objective.py for all of them.
@@ -215,14 +222,20 @@ class TrainConfig:
     weight_decay, beta1, beta2, clip_norm: AdamW; Muon's matrices decay too.
     ema: of the weights that are evaluated and exported, such as 0.999; 0 takes
       the latest weights.
+    unroll_steps: eagle3: steps of its training-time test, at most its drafts.
     anchor_chunk: anchors of a row that pass through the drafter at a time; 0
       for all. Bounds the layers' memory, at one more forward pass.
     loss_chunk: blocks per piece of the head and loss; bounds logits memory.
     compute_dtype: of matmuls; masters and logits stay float32.
     feature_cache: directory for target features, or "" for online features.
+    hybrid_features: compute cached features as they are first read, rather than
+      all of them before the first step.
     log_every, evaluate_every, checkpoint_every: in steps.
     evaluate_sequences: held-out sequences walked per evaluation.
     keep_checkpoints: newest ones kept, besides the best.
+    decode_every: steps between greedy decodes of held-out prompts; 0 for none.
+    decode_prompts, decode_tokens: how many, and tokens of each reply.
+    trackers: besides metrics.jsonl: "tensorboard", "wandb".
     seed: of initialisation, batch order and anchors.
   """
 
@@ -232,6 +245,8 @@ class TrainConfig:
   sequence_length: int = 512
   packing: int = 0
   accumulate: int = 1
+  data: int = 0
+  fsdp: int = 1
   num_anchors: int = 64
   loss: str = "ce"
   slot_weights: str = "dpace"
@@ -251,15 +266,21 @@ class TrainConfig:
   beta2: float = 0.95
   clip_norm: float = 1.0
   ema: float = 0.0
+  unroll_steps: int = 7
   anchor_chunk: int = 0
   loss_chunk: int = 64
   compute_dtype: str = "bfloat16"
   feature_cache: str = ""
+  hybrid_features: bool = False
   log_every: int = 20
   evaluate_every: int = 500
   checkpoint_every: int = 500
   evaluate_sequences: int = 64
   keep_checkpoints: int = 2
+  decode_every: int = 0
+  decode_prompts: int = 4
+  decode_tokens: int = 64
+  trackers: tuple[str, ...] = ()
   seed: int = 0
 
 
@@ -288,6 +309,26 @@ class EvalConfig:
 
 
 @dataclasses.dataclass
+class AblationConfig:
+  """Which drafters train.ablate trains, and how it sets them side by side.
+
+  Attributes:
+    arms: a drafter each, "NAME: field=value ...": the fields of drafter and
+      train in which it differs from this config. The first is the base. One
+      with a drafter.path is judged as it is.
+    seeds: each arm is trained with each; all arms with the first seed first.
+    prompts: JSONL files that all are judged on, as config.eval says.
+    compare: arms to compare, "A vs B: note"; none compares all with the base.
+      The note goes into the report, such as what others have published.
+  """
+
+  arms: tuple[str, ...] = ()
+  seeds: tuple[int, ...] = (0,)
+  prompts: tuple[str, ...] = ()
+  compare: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
 class Config:
   """One run: the target, its drafter, and each job's settings."""
 
@@ -300,6 +341,7 @@ class Config:
   )
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  ablation: AblationConfig = dataclasses.field(default_factory=AblationConfig)
 
 
 def to_json(config: Any) -> str:

@@ -38,8 +38,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
   if origin is types.UnionType:
     if value is None and types.NoneType in arguments:
       return None
-    (inner,) = (a for a in arguments if a is not types.NoneType)
-    return _read(inner, value, where)
+    inner = [kind for kind in arguments if kind is not types.NoneType]
+    return _read(_choose(inner, value), value, where)
   if origin is tuple and isinstance(value, list):
     return tuple(_read(arguments[0], item, where) for item in value)
   if origin is typing.Literal and value in arguments:
@@ -49,6 +49,15 @@ def _read(kind: Any, value: Any, where: str) -> Any:
   if type(value) is not kind:
     raise ConfigError(f"{where}: {value!r} is not a {kind}")
   return value
+
+
+def _choose(kinds: list[Any], value: Any) -> Any:
+  """The dataclass that has all fields of the value, or else the first."""
+  for kind in kinds if isinstance(value, dict) else []:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if fields >= value.keys():
+      return kind
+  return kinds[0]
 
 
 def _read_fields(kind: Any, value: Any, where: str) -> Any:

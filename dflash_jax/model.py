@@ -13,6 +13,7 @@ from dflash_jax.config import (
   Config,
   ConfigError,
   DecodeConfig,
+  DraftConfig,
 )
 from dflash_jax.decode import Decoder
 from dflash_jax.decode_state import ModelParams
@@ -124,6 +125,23 @@ class Model:
     params = dataclasses.replace(self.params, drafter={})
     return dataclasses.replace(self, drafter=NoDrafter(), params=params)
 
+  def with_drafter(self, source: DraftConfig) -> "Model":
+    """The same target with the drafter of source.path; errors as in `load`."""
+    config = dataclasses.replace(self.config, drafter=source)
+    target_params = self.params.target
+    drafter, own, head_ids = _load_drafter(config, self.target, target_params)
+    return dataclasses.replace(
+      self,
+      config=config,
+      drafter=drafter,
+      params=ModelParams(
+        target=target_params,
+        drafter=own,
+        borrowed=borrow(target_params, head_ids),
+      ),
+      beliefs={},
+    )
+
 
 def load(config: Config) -> Model:
   """Loads what the config names.
@@ -133,23 +151,16 @@ def load(config: Config) -> Model:
     weights.WeightsError: for a missing or damaged file.
   """
   target, params = load_target(config)
-  source = config.target.path
-  if source:
-    tokenizer = load_tokenizer(source)
-  else:
-    tokenizer = byte_tokenizer(target.config.vocab_size)
-  drafter, drafter_params, head_ids = _load_drafter(config, target, params)
-  return Model(
+  model = Model(
     config=config,
     target=target,
-    drafter=drafter,
+    drafter=NoDrafter(),
     params=ModelParams(
-      target=params,
-      drafter=drafter_params,
-      borrowed=borrow(params, head_ids),
+      target=params, drafter={}, borrowed=borrow(params, None)
     ),
-    tokenizer=tokenizer,
+    tokenizer=read_tokenizer(config, target.config.vocab_size),
   )
+  return model.with_drafter(config.drafter)
 
 
 def load_target(config: Config) -> tuple[Target, Params]:
@@ -165,6 +176,13 @@ def load_target(config: Config) -> tuple[Target, Params]:
     )
   target = Target(source.random)
   return target, target.init(jax.random.key(source.seed), source.dtype)
+
+
+def read_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
+  """The target's own; of a random target, a token per byte."""
+  if config.target.path:
+    return load_tokenizer(config.target.path)
+  return byte_tokenizer(vocab_size)
 
 
 def borrow(target_params: Params, head_ids: np.ndarray | None) -> Borrowed:

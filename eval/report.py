@@ -76,7 +76,7 @@ def to_record(
     "prompts": prompts,
     "rule": rule,
     **_measure(comparisons),
-    **_circumstances(config),
+    **circumstances(config),
     "conventions": CONVENTIONS,
   }
 
@@ -88,7 +88,7 @@ def to_sweep_record(
   return {
     "prompts": prompts,
     "points": [_to_point(result) for result in results],
-    **_circumstances(config),
+    **circumstances(config),
     "conventions": CONVENTIONS | SWEEP_CONVENTIONS,
   }
 
@@ -116,7 +116,8 @@ def _measure(comparisons: Sequence[Comparison]) -> dict[str, Any]:
   }
 
 
-def _circumstances(config: Config) -> dict[str, Any]:
+def circumstances(config: Config) -> dict[str, Any]:
+  """Of a measurement: the config, versions, machine and time."""
   return {
     "config": dataclasses.asdict(config),
     "versions": _versions(),

@@ -218,7 +218,7 @@ def evaluate(
   return list(results.values())
 
 
-def _adapt(model: Model, decode: DecodeConfig) -> Model:
+def adapt(model: Model, decode: DecodeConfig) -> Model:
   """The same weights, decoding as told."""
   config = dataclasses.replace(model.config, decode=decode)
   return dataclasses.replace(model, config=config)
@@ -227,7 +227,7 @@ def _adapt(model: Model, decode: DecodeConfig) -> Model:
 def _prepare(model: Model, point: Point) -> Result:
   """The point's Result so far: its rule, or why it cannot be."""
   try:
-    return Result(point, rule=_adapt(model, point.decode).decoder().rule)
+    return Result(point, rule=adapt(model, point.decode).decoder().rule)
   except ConfigError as error:
     return Result(point, refusal=str(error))
 
@@ -240,8 +240,8 @@ def _evaluate_group(
   bar: tqdm.tqdm,
 ) -> list[list[Comparison]]:
   """The comparisons of each point; all share one law."""
-  plain = _without_drafter(model, points[0].decode)
-  models = [_adapt(model, point.decode) for point in points]
+  plain = plain_model(model, points[0].decode)
+  models = [adapt(model, point.decode) for point in points]
   for each in (plain, *models):
     bar.set_description("compiling")
     warm_up(each, batches)
@@ -259,9 +259,9 @@ def _evaluate_group(
   return found
 
 
-def _without_drafter(model: Model, decode: DecodeConfig) -> Model:
+def plain_model(model: Model, decode: DecodeConfig) -> Model:
   """Plain decoding by a point's law, whatever else the point says."""
   law = {name: getattr(decode, name) for name in LAW}
   rest = {name: getattr(DecodeConfig(), name) for name in AXES[len(LAW) :]}
   decode = dataclasses.replace(decode, **law, **rest)
-  return _adapt(model.without_drafter(), decode)
+  return adapt(model.without_drafter(), decode)

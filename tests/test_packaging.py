@@ -39,6 +39,7 @@ READ_FLAGS = {
   "pallas_kernels/bench.py",
   "pallas_kernels/compile_check.py",
   "pallas_kernels/tune.py",
+  "train/ablate.py",
   "train/export.py",
   "train/main.py",
   "train/synthesize.py",

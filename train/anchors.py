@@ -58,8 +58,20 @@ def may_anchor(loss_mask: jax.Array, documents: jax.Array) -> jax.Array:
   return candidate.at[:, -1].set(False)
 
 
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+  """key[B]: what each row draws from, by its number in the whole batch.
+
+  So that a row draws the same whichever device has it, and with whom.
+
+  Args:
+    key: redrawn every step.
+    rows: i32[B], numbers of the rows.
+  """
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
 def draw_anchors(
-  key: jax.Array,
+  keys: jax.Array,
   loss_mask: jax.Array,
   num_anchors: int,
   documents: jax.Array,
@@ -73,7 +85,7 @@ def draw_anchors(
   of a packed one.
 
   Args:
-    key: redrawn every step.
+    keys: key[B], of `row_keys`.
     loss_mask: bool[B, S].
     num_anchors: of a document.
     documents: i32[B, S], which of its row's documents a token is part of.
@@ -84,7 +96,7 @@ def draw_anchors(
   """
   B, S = loss_mask.shape
   count = min(num_anchors, S)
-  score = jax.random.uniform(key, (B, 1, S))
+  score = jax.vmap(lambda key: jax.random.uniform(key, (1, S)))(keys)
   mine = documents[:, None] == jnp.arange(most_documents)[:, None]
   score += may_anchor(loss_mask, documents)[:, None] & mine  # [B, M, S]
   best, anchors = jax.lax.top_k(score, count)

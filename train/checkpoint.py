@@ -2,18 +2,17 @@
 
 import functools
 import logging
+import math
 import os
 import pathlib
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dflash_jax.drafters import DFlash
 from dflash_jax.target import Params
+from train.design import Trainable
 from train.files import FileError
 from train.state import TrainState, fold_tap_scale
 
@@ -128,7 +127,7 @@ class Checkpoints:
     return TrainState(**self._load(self.latest_step, abstract))
 
   def restore_drafter(
-    self, drafter: DFlash, step: int, columns: int | None = None
+    self, drafter: Trainable, step: int, columns: int | None = None
   ) -> Params:
     """Reads the drafter proper out of a checkpoint, its masters folded.
 
@@ -150,15 +149,15 @@ class Checkpoints:
     )
     saved = self._metrics[step].get("checksums", {})
     name = "average" if "average" in saved else "params"
-    width, _ = params["context_projection"]["kernel"].shape
-    scale = jax.ShapeDtypeStruct((width,), jnp.float32)
+    wanted = {name: params}
+    if "context_projection" in params:
+      width, _ = params["context_projection"]["kernel"].shape
+      wanted["tap_scale"] = jax.ShapeDtypeStruct((width,), jnp.float32)
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # without the optimizer
     with context:
-      loaded = self._load(
-        step, jax.tree.map(_abstract, {name: params, "tap_scale": scale})
-      )
-    return fold_tap_scale(loaded[name], loaded["tap_scale"])
+      loaded = self._load(step, jax.tree.map(_abstract, wanted))
+    return fold_tap_scale(loaded[name], loaded.get("tap_scale"))
 
   def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     try:
@@ -202,21 +201,52 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     "params": state.params,
     "optimizer": state.optimizer,
     "tap_scale": state.tap_scale,
+    "average": state.average,
   }
-  if state.average is not None:
-    parts["average"] = state.average
-  return parts
+  return {name: part for name, part in parts.items() if part is not None}
 
 
 def _checksums(tree: dict[str, Any]) -> dict[str, int]:
-  """One number for all the bytes under each name."""
-  checksums = {}
-  for name, part in tree.items():
-    checksum = 0
-    for leaf in jax.tree.leaves(part):
-      checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
-    checksums[name] = checksum
-  return checksums
+  """One number for all the bits under each name.
+
+  A sum over elements, so that it is the same however these are split among
+  devices, and no device needs to see more than its own.
+  """
+  return {name: int(part) for name, part in _sum_bits(tree).items()}
+
+
+@jax.jit
+def _sum_bits(tree: dict[str, Any]) -> dict[str, jax.Array]:
+  return {
+    name: sum(
+      (
+        _hash(leaf, number) for number, leaf in enumerate(jax.tree.leaves(part))
+      ),
+      start=jnp.uint32(0),
+    )
+    for name, part in tree.items()
+  }
+
+
+def _hash(leaf: jax.Array, number: int) -> jax.Array:
+  """u32[]: of a leaf's bits, and of where each element stands."""
+  bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+  place = _mix(jnp.uint32(number))
+  for axis, size in enumerate(leaf.shape):
+    stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
+    row = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(stride)
+    place += row.reshape(-1, *[1] * (leaf.ndim - axis - 1))
+  return _mix(bits ^ _mix(place)).sum(dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """A permutation of u32 in which every bit moves every other.
+
+  MurmurHash3's finaliser, https://github.com/aappleby/smhasher.
+  """
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -16,17 +16,20 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 from absl import logging
 
 from dflash_jax.config import ConfigError, TargetSource
+from dflash_jax.target import Params
 from train.files import FileError, read_json
 
 FORMAT = 1
 INDEX = "index.json"
 BEGIN_AGAIN = "delete the corpus and run train.synthesize again"
+SAMPLES = 16  # along each axis of an array, for the fingerprint of weights
 
 
 class CorpusError(FileError):
@@ -39,6 +42,30 @@ def identify_target(source: TargetSource) -> Any:
     return source.path
   network = source.random and dataclasses.asdict(source.random)
   return {"random": network, "seed": source.seed}
+
+
+def identify_weights(params: Params) -> str:
+  """A fingerprint of a target's weights: a few hundred values of every array.
+
+  Not of all their bytes, which would take as long as reading them: whatever was
+  trained further, or rounded, differs nearly everywhere.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(_sample(params)):
+    digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}".encode())
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _sample(params: Params) -> Params:
+  """About SAMPLES evenly spread places along each axis of every array."""
+
+  def places(leaf: jax.Array) -> jax.Array:
+    steps = (max(1, size // SAMPLES) for size in leaf.shape)
+    return leaf[tuple(slice(None, None, step) for step in steps)]
+
+  return jax.tree.map(places, params)
 
 
 class Corpus:
@@ -113,6 +140,34 @@ class Corpus:
         f"the corpus holds token {highest if lowest >= 0 else lowest}, but the "
         f"target's vocabulary is {vocab_size}; use a corpus that this target "
         "answered"
+      )
+
+  def check_anchors(self, num_anchors: int, length: int) -> None:
+    """Refuses anchors that no training sequence has a place for.
+
+    Sequences with fewer places leave some of their anchors out, as they must;
+    anchors that all of them leave out are work for nothing.
+
+    Args:
+      num_anchors: A, of a sequence.
+      length: S, tokens kept of each.
+
+    Raises:
+      ConfigError: naming both numbers.
+    """
+    owner = np.repeat(np.arange(len(self)), self.lengths)
+    place = np.arange(self.num_tokens) - self._offsets[owner]
+    # An anchor is supervised, and so is the token after it.
+    is_anchor = self._mask[:-1] & self._mask[1:]
+    is_anchor &= (place[1:] > 0) & (place[1:] < length)
+    counts = np.bincount(owner[:-1][is_anchor], minlength=len(self))
+    most = int(counts[self.train].max())
+    if num_anchors > most:
+      raise ConfigError(
+        f"train.num_anchors={num_anchors} exceeds the supervised tokens of "
+        f"every training sequence: the most anchors one can hold is {most}, "
+        f"cut to train.sequence_length={length}; lower num_anchors or answer "
+        "at greater length"
       )
 
   def frequent_tokens(self, count: int, vocab_size: int) -> np.ndarray:

@@ -2,11 +2,14 @@
 
     python -m train.export --workdir=runs/cpu --output=drafter
 
-A draft vocabulary goes into a file of its own beside the weights.
+A block drafter's vocabulary goes into a file of its own beside the weights;
+EAGLE-3 has a place for it. A small language model is written whole: tables that
+it borrows are copied from the target.
 """
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +18,15 @@ from absl import flags
 
 from dflash_jax import command, weights
 from dflash_jax.config import Config, ConfigError
-from dflash_jax.drafters import DFlash
+from dflash_jax.drafters import DFlash, Eagle3
+from dflash_jax.model import borrow, load_target
 from dflash_jax.target import Params
 from train.checkpoint import CheckpointError, Checkpoints, quieten_orbax
+from train.design import Network, Trainable, make_drafter
 from train.files import FileError
-from train.record import Run, read_config, read_run
+from train.record import read_config, read_run
+
+Ids = tuple[int, ...] | None  # a draft vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Exported:
   Attributes:
     step: of the checkpoint.
     tau: walked on held-out answers at that step.
-    parameters: of the drafter.
+    parameters: of the drafter, those that were trained.
     bytes: of its files.
   """
 
@@ -62,23 +69,18 @@ def export(
     workdir, config.train.keep_checkpoints, read_only=True
   )
   number = _choose_step(checkpoints, step)
-  drafter = DFlash(run.drafter)
+  drafter = make_drafter(config.drafter, run.drafter)
   ids = run.draft_vocabulary
   params = checkpoints.restore_drafter(
     drafter, number, columns=None if ids is None else len(ids)
   )
   tau = checkpoints.taus[number]
   checkpoints.close()
+  params = _complete(config, drafter, params, ids)
   origin = {"run": config.name, "target": config.target.path, "step": number}
-  weights.save_drafter(
-    output,
-    run.drafter,
-    params,
-    draft_vocabulary=None if ids is None else np.array(ids, np.int32),
-    dtype=dtype,
-    extra={**origin, "held_out_tau": tau},
-  )
-  _check_reads_back(output, run, params, dtype)
+  extra = {**origin, "held_out_tau": tau}
+  _write(output, drafter, params, ids, dtype, extra)
+  _check_reads_back(output, drafter, params, ids, dtype)
   return Exported(
     step=number,
     tau=tau,
@@ -101,24 +103,85 @@ def _choose_step(checkpoints: Checkpoints, step: str) -> int:
   return number
 
 
+def _complete(
+  config: Config, drafter: Trainable, params: Params, ids: Ids
+) -> Params:
+  """What a reader of the checkpoint should find."""
+  if isinstance(drafter, DFlash):
+    return params
+  if isinstance(drafter, Eagle3):
+    if ids is None or len(ids) == drafter.config.vocab_size:
+      return params
+    return {**params, "head_ids": jnp.array(ids, jnp.int32)}
+  if not drafter.borrows:
+    return drafter.bind(params)
+  return drafter.bind(params, borrow(load_target(config)[1], None))
+
+
+def _write(
+  output: str,
+  drafter: Trainable,
+  params: Params,
+  ids: Ids,
+  dtype: str,
+  extra: dict[str, Any],
+) -> None:
+  """Saves what `_complete` gave, in the layout of its kind."""
+  if isinstance(drafter, DFlash):
+    weights.save_drafter(
+      output,
+      drafter.config,
+      params,
+      draft_vocabulary=None if ids is None else np.array(ids, np.int32),
+      dtype=dtype,
+      extra=extra,
+    )
+  elif isinstance(drafter, Eagle3):
+    weights.save_eagle3(
+      output, drafter.config, params, dtype=dtype, extra=extra
+    )
+  else:
+    weights.save_target(
+      output, drafter.config, params, dtype=dtype, extra=extra
+    )
+
+
 def _check_reads_back(
-  output: str, run: Run, params: Params, dtype: str
+  output: str, drafter: Trainable, params: Params, ids: Ids, dtype: str
 ) -> None:
   """Raises WeightsError unless the directory says what was trained."""
-  network, loaded, ids = weights.load_drafter(output)
-  expected = jax.tree.map(
-    lambda leaf: leaf.astype(dtype).astype(jnp.float32), params
-  )
+  network: Network
+  known = ids
+  if isinstance(drafter, DFlash):
+    network, loaded, vocabulary = weights.load_drafter(output)
+    known = None if vocabulary is None else tuple(vocabulary.tolist())
+  elif isinstance(drafter, Eagle3):
+    network, loaded = weights.load_eagle3(output)
+  else:
+    network, loaded = weights.load_target(output)
+
+  def stored(leaf: jax.Array) -> jax.Array:
+    is_id = jnp.issubdtype(leaf.dtype, jnp.integer)
+    return leaf if is_id else leaf.astype(dtype).astype(jnp.float32)
+
+  expected = _by_path(jax.tree.map(stored, params))
+  found = _by_path(loaded)
   same = (
-    network == run.drafter
-    and (None if ids is None else tuple(ids.tolist())) == run.draft_vocabulary
-    and jax.tree.all(jax.tree.map(np.array_equal, expected, loaded))
+    network == drafter.config
+    and known == ids
+    and found.keys() == expected.keys()
+    and all(np.array_equal(found[path], expected[path]) for path in found)
   )
   if not same:
     raise weights.WeightsError(
       f"{output} does not read back as it was written; check the disk and "
       "export again"
     )
+
+
+def _by_path(params: Params) -> dict[str, jax.Array]:
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def define_flags() -> None:

@@ -1,6 +1,6 @@
 """The training loop, read downwards: set up, step, log, evaluate, keep."""
 
-import time
+import contextlib
 from typing import Any
 
 import jax
@@ -10,8 +10,12 @@ from absl import logging
 
 from dflash_jax.config import Config
 from train.checkpoint import CheckpointError, Checkpoints
+from train.mesh import round_up
+from train.meter import Meter, update_flops
+from train.prefetch import prefetch
+from train.preview import Preview
+from train.processes import is_first
 from train.record import (
-  MetricsLog,
   Run,
   check_same_config,
   check_same_run,
@@ -21,6 +25,7 @@ from train.settings import check_settings
 from train.setup import Setup
 from train.state import TrainState
 from train.sums import SlotSums, summarize
+from train.trackers import check_trackers, open_trackers
 from train.walk import Walk, walk
 
 INIT_STREAM = 2**31  # noise of the first weights; steps draw from 0, 1, ...
@@ -61,10 +66,9 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
   if resume:
     check_same_run(workdir, run)
     state = checkpoints.restore(state)
-  else:
+  elif is_first():
     write_run(workdir, config, run)
   first = int(state.step)
-  log = MetricsLog(workdir, first)
   logging.info(
     "drafter: %d parameters; corpus: %d training and %d held-out sequences",
     trainer.drafter.count_parameters(),
@@ -72,18 +76,40 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
     len(setup.corpus.held_out),
   )
 
+  meter = Meter(
+    update_flops(
+      trainer,
+      state,
+      setup.target_params,
+      setup.borrowed,
+      setup.train_batch(first),
+    ),
+    settings.compute_dtype,
+  )
+  preview = Preview.create(config, setup) if settings.decode_every else None
+
   # --- Step -------------------------------------------------------------------
   result = None
   pending: list[tuple[SlotSums, dict[str, jax.Array]]] = []
-  clock = time.perf_counter()
-  with tqdm.tqdm(total=settings.steps, initial=first, desc="train") as bar:
-    for step in range(first, settings.steps):
-      batch = setup.train_batch(step)
+  say = tqdm.tqdm.write if is_first() else logging.debug
+  batches = prefetch(setup.train_batch, range(first, settings.steps))
+  with (
+    open_trackers(config, workdir, first) as log,
+    contextlib.closing(batches),
+    tqdm.tqdm(
+      total=settings.steps,
+      initial=first,
+      desc="train",
+      disable=not is_first(),
+    ) as bar,
+  ):
+    for done, batch in enumerate(batches, start=first + 1):
       state, sums, norms = trainer.update(
         state, setup.target_params, setup.borrowed, batch
       )
+      meter.follow(sums)
       pending.append((sums, norms))
-      done = step + 1
+      bar.update()
       keeps = (
         done % settings.evaluate_every == 0
         or done % settings.checkpoint_every == 0
@@ -94,23 +120,25 @@ def train(config: Config, workdir: str, resume: bool = False) -> Walk:
       # At checkpoints too, so that a resumed run writes the same lines.
       if keeps or done % settings.log_every == 0:
         record = _summarize(jax.device_get(pending), done)
-        seconds = time.perf_counter() - clock
-        record["slots_per_s"] = record["slots"] * len(pending) / seconds
+        record |= meter.read(record["slots"])
         log.write("train", done, record)
-        bar.set_postfix_str(
-          f"loss {record['loss']:.3f} tau~{record['anchor_tau']:.2f} "
-          f"{record['slots_per_s']:.0f} slots/s"
-        )
-        bar.update(len(pending))
-        pending, clock = [], time.perf_counter()
+        bar.set_postfix_str(_in_short(record))
+        pending = []
+
+      # --- Decode -------------------------------------------------------------
+      if preview and done % settings.decode_every == 0:
+        record = preview.decode(state.drafter)
+        log.write("decode", done, record)
+        say(f"step {done}: tau {record['tau']:.3f} (decoded)")
+        meter.restart()
 
       # --- Evaluate and keep --------------------------------------------------
       if keeps:
         result, record = evaluate(setup, state)
         log.write("held_out", done, record)
-        bar.write(f"step {done}: held-out tau {result.tau:.3f} (walked)")
+        say(f"step {done}: held-out tau {result.tau:.3f} (walked)")
         checkpoints.save(state, result.tau)
-        clock = time.perf_counter()
+        meter.restart()
   checkpoints.close()
   return result or evaluate(setup, state)[0]
 
@@ -119,14 +147,15 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Walk, dict[str, Any]]:
   """Walks the held-out answers; also what metrics.jsonl says of them."""
   params = state.drafter
   right, masks, sums = [], [], []
-  for start in range(0, len(setup.evaluation), EVALUATION_BATCH):
-    part = setup.evaluation[start : start + EVALUATION_BATCH]
-    batch = setup.batch(part, rows=EVALUATION_BATCH)
+  size = round_up(setup.trainer.mesh, EVALUATION_BATCH)
+  for start in range(0, len(setup.evaluation), size):
+    part = setup.evaluation[start : start + size]
+    batch = setup.batch(part, rows=size)
     matches, part_sums = setup.trainer.matches(
       params, setup.target_params, setup.borrowed, batch
     )
-    right.append(np.asarray(matches))
-    masks.append(np.asarray(batch.loss_mask))
+    right.append(np.asarray(matches)[: len(part)])
+    masks.append(setup.corpus.batch(part, batch.tokens.shape[1])[1])
     sums.append(jax.device_get(part_sums))
   result = walk(np.concatenate(right), np.concatenate(masks))
   return result, _as_lists(summarize(_add(sums))) | {
@@ -146,6 +175,7 @@ def _open_checkpoints(
     ConfigError, FileError: as `train`.
   """
   check_settings(config.train)
+  check_trackers(config.train.trackers)
   if resume:
     check_same_config(workdir, config)
   checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
@@ -180,6 +210,16 @@ def _summarize(
   every = [norms for _, norms in pending]
   means = {name: np.mean([n[name] for n in every]) for name in every[0]}
   return record | _as_lists(means)
+
+
+def _in_short(record: dict[str, Any]) -> str:
+  """What the progress bar says of a record."""
+  parts = [f"loss {record['loss']:.3f}", f"tau~{record['anchor_tau']:.2f}"]
+  if "slots_per_s" in record:
+    parts.append(f"{record['slots_per_s']:.0f} slots/s")
+  if "mfu" in record:
+    parts.append(f"MFU {record['mfu']:.1%}")
+  return " ".join(parts)
 
 
 def _add(sums: list[SlotSums]) -> SlotSums:

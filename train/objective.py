@@ -16,17 +16,19 @@ their sources.
 
 Published mixtures: "ce" (DFlash, with decay; D-PACE; Domino, with a curriculum
 of 1), "0.1*ce + 1.8*tv + confidence" (DSpark, whose 0.9 is of |p - q|), "ce +
-selector" (DFlash 2, reconstructed), "kl" (JetSpec, uniform weights), "e2e".
+selector" (DFlash 2, reconstructed), "kl" (JetSpec, uniform weights; EAGLE-3,
+with decay), "ce + kl" (a small language model, uniform weights), "e2e".
 """
 
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dflash_jax.config import ConfigError, DrafterConfig, TrainConfig
+from dflash_jax.config import ConfigError, TrainConfig
 from train import losses
 from train.drafts import Choice, Drafts
 from train.sums import SlotSums, count
@@ -77,15 +79,18 @@ class Objective:
     """Whether the target's law must be known at each slot."""
     return any(name in TAUGHT for name, _ in self.terms)
 
-  def check_drafter(self, drafter: DrafterConfig) -> None:
+  def check_drafter(self, drafter: Any) -> None:
     """Refuses a loss that trains what the drafter lacks, or leaves a part out.
+
+    Args:
+      drafter: its configuration, of whatever kind.
 
     Raises:
       ConfigError: naming the term and the part.
     """
     names = {name for name, _ in self.terms}
     for part in ("selector", "confidence"):
-      has = getattr(drafter, part) is not None
+      has = getattr(drafter, part, None) is not None
       if part in names and not has:
         raise ConfigError(
           f"train.loss trains a {part}, and the drafter has none; leave the "
@@ -96,7 +101,8 @@ class Objective:
           f"the drafter's {part} would never learn; add '+ {part}' to "
           f"train.loss or leave the {part} out of the drafter"
         )
-    if self.curriculum and not (drafter.markov or drafter.gru):
+    bends = [getattr(drafter, part, None) for part in ("markov", "gru")]
+    if self.curriculum and not any(bends):
       raise ConfigError(
         f"train.curriculum={self.curriculum} moves from plain logits to "
         "corrected ones, and the drafter corrects none; use 0 or a drafter "

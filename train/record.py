@@ -11,13 +11,14 @@ import os
 import pathlib
 from typing import Any
 
-from dflash_jax.config import Config, DrafterConfig, to_json
+from dflash_jax.config import Config, to_json
 from dflash_jax.config_json import from_json
+from train.design import Network
 from train.files import FileError, cannot_write, make_directory, write_whole
 
-_CONFIG, _RUN, _METRICS = "config.json", "run.json", "metrics.jsonl"
+CONFIG, _RUN, _METRICS = "config.json", "run.json", "metrics.jsonl"
 
-# Fields of TrainConfig that change no update.
+# Fields of TrainConfig that change no update, but for the order of sums.
 _FREE = frozenset(
   {
     "log_every",
@@ -25,6 +26,12 @@ _FREE = frozenset(
     "checkpoint_every",
     "evaluate_sequences",
     "keep_checkpoints",
+    "data",
+    "fsdp",
+    "decode_every",
+    "decode_prompts",
+    "decode_tokens",
+    "trackers",
   }
 )
 
@@ -40,7 +47,7 @@ class Run:
   """
 
   corpus: str
-  drafter: DrafterConfig
+  drafter: Network
   draft_vocabulary: tuple[int, ...] | None
 
 
@@ -51,7 +58,7 @@ def write_run(workdir: str, config: Config, run: Run) -> None:
     FileError: when the disk refuses.
   """
   directory = make_directory(workdir)
-  write_whole(directory / _CONFIG, to_json(config).encode())
+  write_whole(directory / CONFIG, to_json(config).encode())
   write_whole(directory / _RUN, to_json(run).encode())
 
 
@@ -62,7 +69,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     FileError: if the workdir has none.
     ConfigError: if it is not one.
   """
-  return from_json(Config, *_read_text(workdir, _CONFIG))
+  return from_json(Config, *_read_text(workdir, CONFIG))
 
 
 def read_run(workdir: str | os.PathLike[str]) -> Run:
@@ -71,22 +78,25 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
 
 
 def check_same_config(workdir: str, config: Config) -> None:
-  """Refuses to resume what would be another run, naming the field.
+  """Refuses to resume what would be another run, naming the fields.
 
   Raises:
-    FileError: if a setting that shapes the drafter has changed.
+    FileError: if settings that shape the drafter have changed.
   """
   earlier = read_config(workdir)
+  changes = []
   for section in ("target", "drafter", "train"):
     old = dataclasses.asdict(getattr(earlier, section))
     new = dataclasses.asdict(getattr(config, section))
-    for name in old.keys() - (_FREE if section == "train" else frozenset()):
-      if old[name] != new[name]:
-        raise FileError(
-          f"{workdir} was begun with {section}.{name}={old[name]!r}, not "
-          f"{new[name]!r}; resume with the same config or choose another "
-          "--workdir"
-        )
+    for name in old:
+      is_free = section == "train" and name in _FREE
+      if old[name] != new[name] and not is_free:
+        changes.append(f"{section}.{name}={old[name]!r}, not {new[name]!r}")
+  if changes:
+    raise FileError(
+      f"{workdir} was begun with {'; '.join(changes)}; resume with the same "
+      "config or choose another --workdir"
+    )
 
 
 def check_same_run(workdir: str, run: Run) -> None:
@@ -133,6 +143,9 @@ class MetricsLog:
         file.write(json.dumps(record) + "\n")
     except OSError as error:
       raise cannot_write(self._path, error) from error
+
+  def close(self) -> None:
+    """Every line is on the disk already."""
 
 
 def _read_text(workdir: str | os.PathLike[str], name: str) -> tuple[str, str]:

@@ -11,11 +11,14 @@ _AT_LEAST = {
   "sequence_length": 2,
   "packing": 0,
   "accumulate": 1,
+  "data": 0,
+  "fsdp": 1,
   "num_anchors": 1,
   "decay": 0,
   "learning_rate": 0,
   "weight_decay": 0,
   "clip_norm": 0,
+  "unroll_steps": 1,
   "anchor_chunk": 0,
   "loss_chunk": 1,
   "log_every": 1,
@@ -23,6 +26,9 @@ _AT_LEAST = {
   "checkpoint_every": 1,
   "evaluate_sequences": 1,
   "keep_checkpoints": 1,
+  "decode_every": 0,
+  "decode_prompts": 1,
+  "decode_tokens": 1,
   "seed": 0,
 }
 _AT_MOST_ONE = (
@@ -63,6 +69,12 @@ def check_settings(config: TrainConfig) -> None:
       "accumulate",
       config.accumulate,
       f"it must divide train.batch_size={config.batch_size}",
+    )
+  if config.hybrid_features and not config.feature_cache:
+    raise _impossible(
+      "hybrid_features",
+      True,
+      "name a directory in train.feature_cache, or train with online features",
     )
   Objective.of(config)
 

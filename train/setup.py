@@ -3,25 +3,77 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from dflash_jax.config import Config
-from dflash_jax.drafters import Borrowed, DFlash
+from dflash_jax.drafters import Borrowed
 from dflash_jax.model import borrow, load_target
-from dflash_jax.target import Params
-from train.corpus import Corpus, batch_order, identify_target, spread
-from train.design import design_drafter
+from dflash_jax.target import Params, Target
+from train import mesh as mesh_lib
+from train.corpus import (
+  Corpus,
+  batch_order,
+  identify_target,
+  identify_weights,
+  spread,
+)
+from train.design import design_drafter, make_drafter
 from train.feature_cache import FeatureCache, measure_tap_scale
 from train.packing import pack
+from train.processes import take_turns, tell
 from train.settings import check_settings
 from train.state import Batch
 from train.step import Trainer
 
 SCALE_EXAMPLES = 32  # sequences that tell the usual size of each channel
+
+
+def plan_trainer(config: Config, target: Target, corpus: Corpus) -> Trainer:
+  """The step that a config asks for, refused if nobody could run it.
+
+  Raises:
+    ConfigError: drafter, loss, mesh and target do not fit.
+    FileError: a corpus that does not fit them.
+  """
+  train = config.train
+  mesh = mesh_lib.make_mesh(train)
+  network = design_drafter(config, target.config)
+  drafter = make_drafter(config.drafter, network)
+  corpus.check_vocabulary(target.config.vocab_size)
+  if config.drafter.name != "lm":  # which learns from every token
+    corpus.check_anchors(train.num_anchors, train.sequence_length)
+  return Trainer.create(target, drafter, train, mesh)
+
+
+def open_cache(
+  config: Config,
+  corpus: Corpus,
+  target: Target,
+  params: Params,
+  layers: tuple[int, ...],
+) -> FeatureCache:
+  """The feature cache of a config.
+
+  Args:
+    config: names its directory.
+    corpus: what it caches.
+    target: whose features they are. params: its own, in the compute dtype.
+    layers: that are read.
+
+  Raises:
+    FileError: as FeatureCache.
+  """
+  source = {
+    "target": identify_target(config.target),
+    "weights": identify_weights(params),
+    "dtype": config.train.compute_dtype,
+  }
+  width = len(layers) * target.config.width
+  return FeatureCache(config.train.feature_cache, corpus, layers, width, source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +107,10 @@ class Setup:
     """
     train = config.train
     check_settings(train)
+    mesh_lib.make_mesh(train)  # refuses before the long work
     corpus = Corpus(train.corpus)
     target, target_params = load_target(config)
-    drafter = DFlash(design_drafter(config, target.config))
-    corpus.check_vocabulary(target.config.vocab_size)
+    trainer = plan_trainer(config, target, corpus)
     identity = identify_target(config.target)
     if any(answerer != identity for answerer in corpus.targets):
       logging.warning(
@@ -75,22 +127,22 @@ class Setup:
       lambda x: x.astype(train.compute_dtype) if x.ndim > 1 else x,
       target_params,
     )
-    trainer = Trainer.create(target, drafter, train)
-    cache = None
-    if train.feature_cache:
-      cache = FeatureCache(
-        train.feature_cache,
-        corpus,
-        trainer.layers_read,
-        len(trainer.layers_read) * target.config.width,
-        {"target": identity, "dtype": train.compute_dtype},
-      )
-      if not cache.is_complete:
+
+    def read_cache() -> FeatureCache:
+      cache = open_cache(config, corpus, target, compute, trainer.layers_read)
+      if not train.hybrid_features:
         cache.build(target, compute)
+      return cache
+
+    is_cached = train.feature_cache and trainer.layers_read
+    cache = take_turns(read_cache) if is_cached else None
+    target_params, borrowed = mesh_lib.replicate(
+      trainer.mesh, (compute, borrow(compute, head_ids))
+    )
     return cls(
       trainer=trainer,
-      target_params=compute,
-      borrowed=borrow(compute, head_ids),
+      target_params=target_params,
+      borrowed=borrowed,
       corpus=corpus,
       cache=cache,
       head_ids=head_ids,
@@ -101,10 +153,11 @@ class Setup:
 
     Args:
       indices: of examples.
-      rows: at least that many; those past the examples are empty, with nothing
-        supervised.
+      rows: at least that many, and as many on each device; those past the
+        examples are empty, with nothing supervised.
     """
     lone = [(int(index),) for index in indices]
+    rows = mesh_lib.round_up(self.trainer.mesh, max(rows, len(lone)))
     return self._batch(lone + [()] * (rows - len(lone)), 1)
 
   def train_batch(self, step: int) -> Batch:
@@ -134,16 +187,26 @@ class Setup:
     return [tuple(int(examples[place]) for place in row) for row in rows]
 
   def _batch(self, rows: Sequence[tuple[int, ...]], most: int) -> Batch:
+    """Rows of examples, placed on the devices that will work on them."""
+    mesh, count = self.trainer.mesh, len(rows)
+    mine = [rows[row] for row in mesh_lib.local_rows(mesh, count)]
+    return mesh_lib.place_rows(mesh, self._read(mine, most), count)
+
+  def _read(self, rows: Sequence[tuple[int, ...]], most: int) -> Batch:
     """Rows of examples, side by side, with cached features if there are any."""
     B, S = len(rows), self.trainer.config.sequence_length
     cache = self.cache
-    tokens = np.zeros((B, S), np.int32)
-    mask = np.zeros((B, S), bool)
-    documents = np.full((B, S), most, np.int32)  # of padding
-    taps = None
+    tokens: Any = np.zeros((B, S), np.int32)
+    mask: Any = np.zeros((B, S), bool)
+    documents: Any = np.full((B, S), most, np.int32)  # of padding
+    taps: Any = None
     if cache:
       width = len(self.trainer.layers_read) * self.trainer.target.config.width
       taps = np.zeros((B, S, width), np.float16)
+      if self.trainer.config.hybrid_features:
+        params = mesh_lib.here(self.trainer.mesh, self.target_params)
+        asked = [index for examples in rows for index in examples]
+        cache.fill(self.trainer.target, params, asked)
     for row, examples in enumerate(rows):
       start = 0
       for number, index in enumerate(examples):
@@ -155,7 +218,7 @@ class Setup:
         if cache and taps is not None:
           taps[place] = cache.batch(np.array([index]), length)[0]
         start += length
-    return Batch(*jax.tree.map(jnp.asarray, (tokens, mask, documents, taps)))
+    return Batch(tokens, mask, documents, taps)
 
   @functools.cached_property
   def evaluation(self) -> np.ndarray:
@@ -166,12 +229,13 @@ class Setup:
       split = self.corpus.train
     return spread(split, self.trainer.config.evaluate_sequences)
 
-  def tap_scale(self) -> jax.Array:
-    """f32[taps * D], measured on a few training examples."""
-    indices = spread(self.corpus.train, SCALE_EXAMPLES)
-    batch = self.batch(indices)
-    taps = jax.jit(Trainer.taps, static_argnums=0)(
-      self.trainer, self.target_params, batch
-    )[..., : self.trainer.tap_width]
-    valid = np.asarray(batch.documents) == 0
-    return jnp.asarray(measure_tap_scale(np.asarray(taps), valid))
+  def tap_scale(self) -> np.ndarray | None:
+    """f32[taps * D], measured on a few training examples; None of no taps."""
+    if not self.trainer.drafter.taps:
+      return None
+    lone = [(int(i),) for i in spread(self.corpus.train, SCALE_EXAMPLES)]
+    batch = self._read(lone, 1)
+    params = mesh_lib.here(self.trainer.mesh, self.target_params)
+    taps = jax.jit(self.trainer.learner.taps)(params, batch)
+    taps = np.asarray(taps)[..., : self.trainer.tap_width]
+    return tell(measure_tap_scale(taps, np.asarray(batch.documents) == 0))

@@ -18,14 +18,15 @@ class TrainState:
     params: the drafter's float32 masters. The context projection is kept
       divided by `tap_scale`; `fold_tap_scale` gives the drafter proper.
     optimizer: optax state.
-    tap_scale: f32[taps * D], 1 / rms of each tapped channel over the corpus.
+    tap_scale: f32[taps * D], 1 / rms of each tapped channel over the corpus;
+      None for a drafter that reads no taps.
     average: of params, if the run keeps one.
   """
 
   step: jax.Array
   params: Params
   optimizer: Any
-  tap_scale: jax.Array
+  tap_scale: jax.Array | None = None
   average: Params | None = None
 
   @property
@@ -53,13 +54,16 @@ class Batch:
   taps: jax.Array | None = None
 
 
-def fold_tap_scale(params: Params, tap_scale: jax.Array) -> Params:
+def fold_tap_scale(params: Params, tap_scale: jax.Array | None) -> Params:
   """The drafter's parameters as decoding and checkpoints want them.
 
   A target's channels differ in size by orders of magnitude, and an optimiser
   that steps every weight alike would spend its steps on the loudest. Dividing
   each channel by its rms is a diagonal preconditioner: it changes how the
-  projection is reached, not what it can express.
+  projection is reached, not what it can express. A drafter that reads no taps
+  has no scale, and stays as it is.
   """
+  if tap_scale is None:
+    return params
   kernel = params["context_projection"]["kernel"] * tap_scale[:, None]
   return {**params, "context_projection": {"kernel": kernel}}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax import layers
-from dflash_jax.autoregression import draft_chain, draft_tree
+from dflash_jax.autoregression import draft
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import DrafterConfig
 from dflash_jax.drafters.backbone import Attention, Network, definition
@@ -153,9 +153,7 @@ class DFlash:
     scale = self.config.input_embedding_scale
     step = Correction(corrector, borrowed.embedding, scale, logits, slots)
     memory = corrector.start((anchor.shape[0], 1))
-    if drafting.is_tree:
-      return draft_tree(step, memory, anchor, *asked, max_depth=slots.shape[1])
-    return draft_chain(step, memory, anchor, *asked)
+    return draft(step, memory, anchor, *asked, max_depth=slots.shape[1])
 
   def draft(
     self,

@@ -3,8 +3,8 @@
 The layer reads pairs of a token and a hidden state of the position *before* it.
 For committed tokens that state is made of three of the target's layers; while
 drafting it is the layer's own output, which is why training unrolls the layer
-("training-time test", see `Eagle3.unroll`). Embedding, hidden state and output
-are of one width D; the head may keep a part of the vocabulary.
+("training-time test", see `Eagle3.begin_chains`). Embedding, hidden state and
+output are of one width D; the head may keep a part of the vocabulary.
 Source: EAGLE-3, arXiv 2503.01840, section 3, and its released model.
 """
 
@@ -17,51 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax import layers
-from dflash_jax.autoregression import draft_chain, draft_tree
+from dflash_jax.autoregression import draft
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.drafters.base import Borrowed, Params
+from dflash_jax.drafters.eagle3_network import Network, definition
 from dflash_jax.drafters.nodes import Nodes, attend_chains, gather
-from dflash_jax.networks import Eagle3Config, TargetConfig
+from dflash_jax.networks import ConfigError, Eagle3Config, TargetConfig
 from dflash_jax.proposal import Drafting, Moment, Proposal
 from dflash_jax.target import Attention
 
 # Parameters that are no part of the network: tables that are looked up.
 _TABLES = ("embedding", "head_ids")
-
-
-class _Network(nnx.Module):
-  """Fusion of the taps, the layer, the head."""
-
-  def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs):
-    D, epsilon = config.width, config.norm_epsilon
-    tap_width = len(config.target_layer_ids) * config.target_width
-    self.context_projection = layers.Linear(tap_width, D, rngs=rngs)
-    self.embedding_norm = layers.RMSNorm(D, epsilon)
-    self.hidden_norm = layers.RMSNorm(D, epsilon)
-    self.attention = layers.Projections(
-      2 * D,
-      config.num_heads,
-      config.num_kv_heads,
-      config.head_width,
-      rngs=rngs,
-    )
-    merged = config.num_heads * config.head_width
-    self.attention.output = layers.Linear(merged, D, rngs=rngs)
-    self.mlp_norm = layers.RMSNorm(D, epsilon)
-    self.mlp = layers.SwiGLU(D, config.mlp_width, rngs=rngs)
-    self.norm = layers.RMSNorm(D, epsilon)
-    self.head = layers.Linear(D, config.draft_vocab_size, rngs=rngs)
-
-  def pair(self, embedded: jax.Array, hidden: jax.Array) -> jax.Array:
-    """f32[B, T, D] each -> f32[B, T, 2 D], what attention reads."""
-    parts = (self.embedding_norm(embedded), self.hidden_norm(hidden))
-    return jnp.concatenate(parts, axis=-1)
-
-
-@functools.cache
-def _definition(config: Eagle3Config) -> nnx.GraphDef:
-  network = nnx.eval_shape(lambda: _Network(config, rngs=nnx.Rngs(0)))
-  return nnx.split(network)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -106,34 +72,59 @@ class Eagle3:
     """Raises ConfigError, naming both numbers, if `target` does not fit."""
     self.config.check_target(target)
 
-  def init(self, key: jax.Array, dtype: str = "float32") -> Params:
+  def init(
+    self, key: jax.Array, dtype: str = "float32", columns: int | None = None
+  ) -> Params:
     """Random parameters: N(0, 0.02) matrices and unit norms.
 
-    A reduced head keeps the first ids until others are put in "head_ids".
+    Args:
+      key: of the draw.
+      dtype: of all parameters.
+      columns: V', for a caller who keeps the ids of a reduced head, as training
+        does, and whom `bind` asks for them. None puts the first ids there.
+
+    Raises:
+      ConfigError: if the head has not that many columns.
     """
+    V, size = self.config.vocab_size, self.config.draft_vocab_size
+    if columns not in (None, size):
+      raise ConfigError(
+        f"draft_vocab_size={size} does not fit {columns} columns; make them "
+        "equal"
+      )
     network_key, table_key = jax.random.split(key)
-    network = _Network(self.config, rngs=nnx.Rngs(params=network_key))
+    network = Network(self.config, rngs=nnx.Rngs(params=network_key))
     params = nnx.to_pure_dict(nnx.state(network))
     if self.config.own_embedding:
       shape = (self.config.vocab_size, self.config.width)
       rngs = nnx.Rngs(params=table_key)
       params["embedding"] = layers.normal(rngs, shape)[...]
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    if self.config.draft_vocab_size < self.config.vocab_size:
-      ids = jnp.arange(self.config.draft_vocab_size, dtype=jnp.int32)
-      params["head_ids"] = ids
+    if size < V and columns is None:
+      params["head_ids"] = jnp.arange(size, dtype=jnp.int32)
     return params
 
+  def count_parameters(self) -> int:
+    """Trained numbers of a checkpoint, counted without allocating any."""
+    columns = self.config.draft_vocab_size
+    init = functools.partial(self.init, columns=columns)
+    tree = jax.eval_shape(init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
   def bind(self, params: Params, borrowed: Borrowed) -> Params:
-    """All that drafting reads: its parameters, the embedding among them.
+    """All that drafting reads: its parameters, and the tables they lack.
 
     Args:
       params: as `init` or weights.load_eagle3 gives them.
-      borrowed: the target's tables.
+      borrowed: the target's tables; head_ids are those of a reduced head that
+        brings none of its own.
     """
-    if self.config.own_embedding:
-      return params
-    return {**params, "embedding": borrowed.embedding}
+    missing: Params = {}
+    if not self.config.own_embedding:
+      missing["embedding"] = borrowed.embedding
+    if borrowed.head_ids is not None:
+      missing["head_ids"] = borrowed.head_ids
+    return {**missing, **params}
 
   # --- Decoding ---------------------------------------------------------------
 
@@ -193,9 +184,6 @@ class Eagle3:
   ) -> Proposal:
     """Drafts depth by depth: the anchor with the waiting state, then on."""
     del borrowed, remaining
-    draft = draft_chain
-    if drafting.is_tree:
-      draft = functools.partial(draft_tree, max_depth=self.max_drafts)
     return draft(
       functools.partial(self._step, params, state.cache),
       (Nodes.before(state.cache), state.waiting[:, None]),
@@ -204,6 +192,7 @@ class Eagle3:
       drafting,
       moment,
       self.config.vocab_size,
+      self.max_drafts,
     )
 
   def _step(
@@ -293,21 +282,20 @@ class Eagle3:
     network = self._network(params)
     return network.head(network.norm(hidden))
 
-  def unroll(
+  def begin_chains(
     self,
     params: Params,
     tokens: jax.Array,
     taps: jax.Array,
     positions: jax.Array,
     mask: jax.Array,
-    steps: int,
-  ) -> list[jax.Array]:
-    """What drafting from every position would see, given the true tokens.
+  ) -> tuple[jax.Array, Rows]:
+    """Reads a text, from every row of which chains may go on: their step 0.
 
-    Step s at row t continues a chain that left the target's states behind at t:
-    it pairs token t + 1 + s with the output of step s - 1, and sees the pairs
-    of step 0 up to t and its own chain's since. Its output predicts token
-    t + 2 + s. Rows whose tokens lie past the end are void.
+    Step s of the chain that leaves the text at row t pairs token t + 1 + s with
+    the output of step s - 1, and sees step 0 up to t and its own steps since.
+    Its output predicts token t + 2 + s. With the true tokens, these are the
+    steps of drafting, up to the first draft that is wrong.
     Source: EAGLE-3, arXiv 2503.01840, section 3.2 (training-time test).
 
     Args:
@@ -317,23 +305,51 @@ class Eagle3:
       positions: i32[B, T], of `tokens`.
       mask: bool[B, T, T], which rows a row sees: itself and those before it, in
         its own document.
-      steps: drafts per chain.
 
     Returns:
-      f32[B, T, D] per step, for `logits`.
+      f32[B, T, D], for `logits` and the chains; and the keys and values. The
+      last row, which no token follows, is void.
     """
-    hidden = self.fuse(params, taps)
-    dtype = params["head"]["kernel"].dtype
-    chains: list[Rows] = []
-    outputs = []
-    for step in range(steps):
+    return self.forward(
+      params,
+      jnp.roll(tokens, -1, axis=1),
+      self.fuse(params, taps),
+      positions,
+      functools.partial(attend_chains, [], mask),
+      params["head"]["kernel"].dtype,
+    )
+
+  def continue_chains(
+    self,
+    params: Params,
+    text: tuple[jax.Array, Rows],
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+  ) -> list[jax.Array]:
+    """All steps of the chains that leave a text at C of its rows.
+
+    Args:
+      params: of `bind`.
+      text: f32[B, C, D] of `begin_chains` at these rows; all its keys and
+        values.
+      tokens: i32[B, C, steps], what each step pairs.
+      positions: i32[B, C], of these rows.
+      mask: bool[B, C, T], what they see of the text.
+
+    Returns:
+      f32[B, C, D] per step, for `logits`.
+    """
+    hidden, rows = text
+    outputs, chains = [hidden], [rows]
+    for step in range(1, tokens.shape[-1]):
       hidden, rows = self.forward(
         params,
-        jnp.roll(tokens, -1 - step, axis=1),
+        tokens[..., step],
         hidden,
         positions + step,
         functools.partial(attend_chains, chains, mask),
-        dtype,
+        params["head"]["kernel"].dtype,
       )
       chains.append(rows)
       outputs.append(hidden)
@@ -350,6 +366,6 @@ class Eagle3:
       self.config.rotary_scaling,
     )
 
-  def _network(self, params: Params) -> _Network:
+  def _network(self, params: Params) -> Network:
     own = {name: x for name, x in params.items() if name not in _TABLES}
-    return nnx.merge(_definition(self.config), nnx.State(own))
+    return nnx.merge(definition(self.config), nnx.State(own))

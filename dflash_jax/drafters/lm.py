@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from dflash_jax.autoregression import draft_chain, draft_tree
+from dflash_jax.autoregression import draft
 from dflash_jax.cache import KVCache
 from dflash_jax.config import ConfigError, TargetConfig
 from dflash_jax.drafters.base import Borrowed, Params
@@ -61,24 +61,52 @@ class LanguageModel:
           "target's family"
         )
 
-  def init(self, key: jax.Array, dtype: str = "float32") -> Params:
-    """Random parameters: N(0, 0.02) matrices and unit norms."""
-    params = self.network.init(key, dtype)
-    if self.borrows:
-      del params["embedding"], params["head"]
-    return params
-
-  def bind(self, params: Params, borrowed: Borrowed) -> Params:
-    """All that drafting reads: its parameters, the target's tables if needed.
+  def init(
+    self, key: jax.Array, dtype: str = "float32", columns: int | None = None
+  ) -> Params:
+    """Random parameters, its own alone: N(0, 0.02) matrices and unit norms.
 
     Args:
-      params: as `init` gives them.
-      borrowed: the whole tables, no head trimmed.
+      key: of the draw.
+      dtype: of all parameters.
+      columns: None; its head keeps all tokens.
+
+    Raises:
+      ConfigError: for a trimmed head.
     """
-    if not self.borrows:
-      return params
-    head = {"kernel": borrowed.head}
-    return {**params, "embedding": borrowed.embedding, "head": head}
+    if columns not in (None, self.config.vocab_size):
+      raise ConfigError(
+        f"a small language model's head has all of its "
+        f"{self.config.vocab_size} columns, not {columns}; set "
+        "drafter.draft_vocabulary=0"
+      )
+    params = self.network.init(key, dtype)
+    if self.borrows or self.config.tied_head:
+      del params["head"]
+    if self.borrows:
+      del params["embedding"]
+    return params
+
+  def count_parameters(self) -> int:
+    """Trained numbers, counted without allocating any."""
+    tree = jax.eval_shape(self.init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+  def bind(self, params: Params, borrowed: Borrowed | None = None) -> Params:
+    """All that drafting reads: its parameters, and the tables they lack.
+
+    Args:
+      params: as `init` or weights.load_target gives them.
+      borrowed: the whole tables of the target, no head trimmed; not asked for
+        unless it borrows.
+    """
+    if self.borrows:
+      assert borrowed is not None
+      head = {"kernel": borrowed.head}
+      return {**params, "embedding": borrowed.embedding, "head": head}
+    if self.config.tied_head and "head" not in params:
+      return {**params, "head": {"kernel": params["embedding"].T}}
+    return params
 
   def init_state(self, batch: int, capacity: int, dtype: str) -> KVCache:
     """Keys and values of committed tokens: none yet."""
@@ -113,9 +141,6 @@ class LanguageModel:
   ) -> Proposal:
     """Drafts depth by depth, one pass each."""
     del borrowed, remaining
-    draft = draft_chain
-    if drafting.is_tree:
-      draft = functools.partial(draft_tree, max_depth=self.max_drafts)
     return draft(
       functools.partial(self._step, params, state),
       Nodes.before(state),
@@ -124,6 +149,7 @@ class LanguageModel:
       drafting,
       moment,
       self.config.vocab_size,
+      self.max_drafts,
     )
 
   def _step(

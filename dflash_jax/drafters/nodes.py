@@ -94,14 +94,15 @@ def attend_chains(
   key: jax.Array,
   value: jax.Array,
 ) -> jax.Array:
-  """Attention of one more step of chains that begin at every row of a text.
+  """Attention of one more step of chains that leave a text at C of its T rows.
 
-  Row t sees step 0 as the mask says, and row t of the steps since.
+  A chain sees step 0 as the mask says, and itself in the steps since.
 
   Args:
-    chains: keys and values of the steps before, f[B, G, T, H] per layer.
-    mask: bool[B, T, T], of step 0.
-    layer, query, key, value: as `Nodes.attend` takes them, W' being T.
+    chains: keys and values of the steps before, f[B, G, C, H] per layer; of
+      step 0, of the whole text, f[B, G, T, H].
+    mask: bool[B, C, T], of step 0.
+    layer, query, key, value: as `Nodes.attend` takes them, W' being C.
   """
   if not chains:
     return attend_with_lse(query, key, value, mask)[0]

@@ -7,7 +7,6 @@ weights in a file of its own, so that they can ignore it: tables with a row per
 token always have all rows in the file, and in memory those of the vocabulary.
 """
 
-import json
 import os
 import pathlib
 from typing import Any
@@ -16,15 +15,10 @@ import numpy as np
 
 from dflash_jax.config import DrafterConfig
 from dflash_jax.weights import huggingface, names, safetensors_file
-from dflash_jax.weights.atomic import replace_directory
 from dflash_jax.weights.drafter_config import drafter_fields, read_config
 from dflash_jax.weights.drafter_names import EXTRAS, drafter_table, publish
+from dflash_jax.weights.model_directory import VOCABULARY_FILE, write_model
 from dflash_jax.weights.names import WeightsError
-
-_WEIGHTS_FILE = "model.safetensors"
-_CONFIG_FILE = "config.json"
-_VOCABULARY_FILE = "draft_vocabulary.safetensors"
-_FILES = frozenset({_WEIGHTS_FILE, _CONFIG_FILE, _VOCABULARY_FILE})
 
 
 def read_drafter_config(source: str | os.PathLike[str]) -> DrafterConfig:
@@ -74,7 +68,7 @@ def _check_vocabulary(ids: np.ndarray, vocab_size: int, source: str) -> None:
 def _read_vocabulary(
   directory: pathlib.Path, vocab_size: int
 ) -> np.ndarray | None:
-  path = directory / _VOCABULARY_FILE
+  path = directory / VOCABULARY_FILE
   if not path.exists():
     return None
   tensors = safetensors_file.read_safetensors(path)
@@ -143,19 +137,13 @@ def save_drafter(
     draft_vocabulary: i32[V'], sorted ids that its head keeps; None for all.
       What `params` lack of other tokens is zero in the file.
     dtype: on disk, "bfloat16" or "float32".
-    extra: JSON values to keep in config.json, under "dflash_jax"; not read
-      back.
+    extra: JSON values to keep in config.json, see write_model.
 
   Raises:
     WeightsError: parameters that are not this drafter's, or a failed write,
       after which the earlier drafter is still there.
   """
-  directory = pathlib.Path(directory)
   disk_dtype = names.parameter_dtype(dtype)
-  fields = drafter_fields(config, disk_dtype.name)
-  if extra is not None:
-    fields["dflash_jax"] = extra
-  text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
   ids = None
   if draft_vocabulary is not None:
     ids = np.asarray(draft_vocabulary)
@@ -171,11 +159,5 @@ def save_drafter(
     if tensor.shape != table[name].shape:
       tensors[name] = np.zeros(table[name].shape, disk_dtype)
       tensors[name][ids] = tensor
-  with replace_directory(directory, _FILES) as temporary:
-    with temporary.open(_WEIGHTS_FILE) as file:
-      safetensors_file.write_safetensors(file, tensors)
-    if ids is not None:
-      with temporary.open(_VOCABULARY_FILE) as file:
-        safetensors_file.write_safetensors(file, {"ids": ids})
-    with temporary.open(_CONFIG_FILE) as file:
-      file.write(text.encode())
+  fields = drafter_fields(config, disk_dtype.name)
+  write_model(directory, fields, tensors, extra, ids)

@@ -7,7 +7,6 @@ says how far each row of the reduced head lies from its token's id, `t2d` which
 ids are kept.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -20,9 +19,9 @@ from dflash_jax.config import ConfigError
 from dflash_jax.features import choose_eagle3_taps
 from dflash_jax.networks import Eagle3Config
 from dflash_jax.weights import huggingface, names, safetensors_file
-from dflash_jax.weights.atomic import replace_directory
 from dflash_jax.weights.drafter_config import scaling_fields
 from dflash_jax.weights.fields import Fields
+from dflash_jax.weights.model_directory import write_model
 from dflash_jax.weights.names import WeightsError, make_row
 
 ARCHITECTURES = (
@@ -31,8 +30,6 @@ ARCHITECTURES = (
   "Eagle3DraftModel",
   "Eagle3Speculator",
 )
-_WEIGHTS_FILE = "model.safetensors"
-_CONFIG_FILE = "config.json"
 _EMBEDDING = "embed_tokens.weight"
 _TAPS = "eagle_aux_hidden_state_layer_ids"
 _EXTRAS = re.compile(r"d2t|t2d|verifier_.*|.*rotary_emb\.inv_freq")
@@ -275,6 +272,7 @@ def save_eagle3(
   params: names.Params,
   *,
   dtype: str = "bfloat16",
+  extra: dict[str, Any] | None = None,
 ) -> None:
   """Writes an EAGLE-3 drafter in the release's layout, whole or not at all.
 
@@ -284,6 +282,7 @@ def save_eagle3(
     config: the drafter.
     params: its parameters; a borrowed embedding among them is left out.
     dtype: on disk, "bfloat16" or "float32".
+    extra: JSON values to keep in config.json, see write_model.
 
   Raises:
     WeightsError: parameters that are not this drafter's, or a failed write.
@@ -302,10 +301,4 @@ def save_eagle3(
   tensors["d2t"] = ids - rows
   tensors["t2d"] = np.isin(np.arange(config.vocab_size), ids)
   fields = eagle3_fields(config, disk_dtype.name)
-  text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-  files = frozenset({_WEIGHTS_FILE, _CONFIG_FILE})
-  with replace_directory(pathlib.Path(directory), files) as temporary:
-    with temporary.open(_WEIGHTS_FILE) as file:
-      safetensors_file.write_safetensors(file, tensors)
-    with temporary.open(_CONFIG_FILE) as file:
-      file.write(text.encode())
+  write_model(directory, fields, tensors, extra)

@@ -1,14 +1,12 @@
 """A target, or a small model that drafts for one, in Hugging Face layout."""
 
-import json
 import os
-import pathlib
 from typing import Any
 
 from dflash_jax.config import TargetConfig
-from dflash_jax.weights import names, safetensors_file
-from dflash_jax.weights.atomic import replace_directory
+from dflash_jax.weights import names
 from dflash_jax.weights.drafter_config import scaling_fields
+from dflash_jax.weights.model_directory import write_model
 from dflash_jax.weights.names import WeightsError
 
 ARCHITECTURES = {
@@ -16,8 +14,6 @@ ARCHITECTURES = {
   "qwen2": "Qwen2ForCausalLM",
   "qwen3": "Qwen3ForCausalLM",
 }
-_WEIGHTS_FILE = "model.safetensors"
-_CONFIG_FILE = "config.json"
 
 
 def target_fields(config: TargetConfig, dtype: str) -> dict[str, Any]:
@@ -56,6 +52,7 @@ def save_target(
   params: names.Params,
   *,
   dtype: str = "bfloat16",
+  extra: dict[str, Any] | None = None,
 ) -> None:
   """Writes network and parameters, whole or not at all; no tokenizer.
 
@@ -66,6 +63,7 @@ def save_target(
     params: its parameters, embedding and head included; a tied head, being the
       embedding, is not stored.
     dtype: on disk, "bfloat16" or "float32".
+    extra: JSON values to keep in config.json, see write_model.
 
   Raises:
     WeightsError: parameters that are not this network's, or a failed write.
@@ -77,10 +75,4 @@ def save_target(
   tensors = names.stored_tensors(
     names.target_table(config), params, disk_dtype, source="params to save"
   )
-  text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-  files = frozenset({_WEIGHTS_FILE, _CONFIG_FILE})
-  with replace_directory(pathlib.Path(directory), files) as temporary:
-    with temporary.open(_WEIGHTS_FILE) as file:
-      safetensors_file.write_safetensors(file, tensors)
-    with temporary.open(_CONFIG_FILE) as file:
-      file.write(text.encode())
+  write_model(directory, fields, tensors, extra)

@@ -73,6 +73,19 @@ DRAWN_CHAIN = dataclasses.replace(CHAIN, sampling=DRAWN)
 # --- The formulas -------------------------------------------------------------
 
 
+def unroll(drafter, params, texts, taps, steps):
+  """f32[steps, N, L, V'], logits of all steps of chains from all rows."""
+  N, L = texts.shape
+  places = jnp.broadcast_to(jnp.arange(L), (N, L))
+  mask = jnp.tril(jnp.ones((N, L, L), bool))
+  text = drafter.begin_chains(params, texts, taps, places, mask)
+  ahead = [jnp.roll(texts, -1 - step, axis=1) for step in range(steps)]
+  outputs = drafter.continue_chains(
+    params, text, jnp.stack(ahead, axis=-1), places, mask
+  )
+  return jnp.stack([drafter.logits(params, hidden) for hidden in outputs])
+
+
 class Golden:
   """A drafter, and what speculators made of a text with it."""
 
@@ -88,18 +101,11 @@ class Golden:
   def worst(self, drafter: Eagle3) -> float:
     """Farthest that any logit of any step lies from the truth."""
     steps, T, _ = self.logits.shape
-    outputs = drafter.unroll(
-      self.params,
-      self.tokens,
-      self.taps,
-      jnp.arange(T)[None],
-      jnp.tril(jnp.ones((1, T, T), bool)),
-      steps,
-    )
+    outputs = unroll(drafter, self.params, self.tokens, self.taps, steps)
     errors = []
-    for step, hidden in enumerate(outputs):
+    for step, logits in enumerate(outputs):
       known = T - 1 - step  # later rows pair tokens past the end
-      logits = drafter.logits(self.params, hidden)[0, :known]
+      logits = logits[0, :known]
       errors.append(np.abs(logits - self.logits[step, :known]).max())
     return max(errors)
 
@@ -162,27 +168,13 @@ def eagle(kind: type[Eagle3] = Eagle3, config: Eagle3Config = CONFIG):
   return drafter, {**params, "head_ids": jnp.asarray(HEAD_IDS, jnp.int32)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def unroll(drafter, params, texts, taps):
-  """f32[DRAFTS, N, L, V'], logits of all steps at all rows."""
-  N, L = texts.shape
-  outputs = drafter.unroll(
-    params,
-    texts,
-    taps,
-    jnp.broadcast_to(jnp.arange(L), (N, L)),
-    jnp.tril(jnp.ones((N, L, L), bool)),
-    DRAFTS,
-  )
-  return jnp.stack([drafter.logits(params, hidden) for hidden in outputs])
-
-
 def true_laws(script, offers, sampling):
   """f64[N, V'] of each drafted node, with nothing cached."""
   _, texts, rows, lengths, depths = questions(script, offers)
   past = texts.shape[1] - script.taps.shape[1]
   taps = np.pad(script.taps, ((0, 0), (0, past), (0, 0)))[rows]
-  logits = unroll(*eagle(), texts, taps)
+  run = jax.jit(unroll, static_argnums=(0, 4))
+  logits = run(*eagle(), texts, taps, DRAFTS)
   last = logits[depths - 1, np.arange(len(texts)), lengths - 1]
   laws = np.asarray(weigh(last, sampling), np.float64)
   return laws / laws.sum(-1, keepdims=True)

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from dflash_jax.config import TrainConfig
+from dflash_jax.config import TargetConfig, TrainConfig
 from dflash_jax.decode import Decoder
-from dflash_jax.drafters import DFlash, NoDrafter
+from dflash_jax.drafters import DFlash, Eagle3, LanguageModel, NoDrafter
 from dflash_jax.model import Model, borrow
+from dflash_jax.networks import Eagle3Config
 from dflash_jax.proposal import Drafting
 from dflash_jax.session import Session
-from tests.testing import tiny_drafter_config, tiny_model
+from tests.testing import BLOCK_SIZE, tiny_drafter_config, tiny_model
 from train.corpus import Corpus
 from train.corpus_writer import CorpusWriter, Example
+from train.design import Trainable
 from train.setup import Setup
 from train.state import TrainState
 from train.step import Trainer
@@ -98,10 +100,21 @@ def make_setup(
   corpus: Corpus,
   head_ids: np.ndarray | None = None,
   parts: dict[str, Any] | None = None,
+  drafter: Trainable | None = None,
   **overrides,
 ) -> Setup:
-  """A Setup around the tiny target, float32, online features."""
-  drafter = DFlash(tiny_drafter_config(model.target.config, **(parts or {})))
+  """A Setup around the tiny target, float32, online features.
+
+  Args:
+    model: the target.
+    corpus: of its answers.
+    head_ids: a draft vocabulary.
+    parts: of a tiny DFlash drafter.
+    drafter: instead of it.
+    **overrides: fields of TrainConfig.
+  """
+  if drafter is None:
+    drafter = DFlash(tiny_drafter_config(model.target.config, **(parts or {})))
   settings = dataclasses.replace(TRAINING, **overrides)
   return Setup(
     trainer=Trainer.create(model.target, drafter, settings),
@@ -111,6 +124,26 @@ def make_setup(
     cache=None,
     head_ids=head_ids,
   )
+
+
+def make_baseline(name: str, target: TargetConfig, columns: int | None = None):
+  """A tiny "eagle3", with a head of so many columns, or a tiny "lm"."""
+  if name == "eagle3":
+    network = Eagle3Config(
+      width=target.width,
+      mlp_width=34,
+      num_heads=4,
+      num_kv_heads=2,
+      head_width=6,
+      vocab_size=target.vocab_size,
+      draft_vocab_size=columns or target.vocab_size,
+      target_layer_ids=(0, 2),
+      target_width=target.width,
+      rotary_base=target.rotary_base,
+    )
+    return Eagle3(network, BLOCK_SIZE - 1)
+  network = dataclasses.replace(target, num_layers=2, mlp_width=22)
+  return LanguageModel(network, BLOCK_SIZE - 1, borrows=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.anchors import cut_blocks, draw_anchors, every_anchor
+from train.anchors import cut_blocks, draw_anchors, every_anchor, row_keys
 
 B, S, K = 3, 23, 5
 
@@ -26,8 +26,8 @@ def alone(mask: np.ndarray) -> np.ndarray:
 
 
 def draw(mask, num_anchors, seed=0):
-  key = jax.random.key(seed)
-  drawn = draw_anchors(key, jnp.asarray(mask), num_anchors, alone(mask))
+  keys = row_keys(jax.random.key(seed), jnp.arange(len(mask)))
+  drawn = draw_anchors(keys, jnp.asarray(mask), num_anchors, alone(mask))
   return map(np.asarray, drawn)
 
 
@@ -67,7 +67,7 @@ def test_every_candidate_is_drawn_equally_often():
   allowed = candidates(mask[0])
   keys = jax.random.split(jax.random.key(0), 3000)
   anchors, valid = jax.vmap(
-    lambda key: draw_anchors(key, mask, 2, alone(mask))
+    lambda key: draw_anchors(key[None], mask, 2, alone(mask))
   )(keys)
   assert np.asarray(valid).all()
   counts = np.bincount(np.asarray(anchors).ravel(), minlength=12)
@@ -84,6 +84,17 @@ def test_anchors_are_redrawn_with_the_key_alone():
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()
   assert (first[0] != first[1]).any()  # rows are drawn apart
+
+
+def test_a_row_draws_the_same_whoever_it_is_with():
+  """By its number in the whole batch, so that devices may share it."""
+  mask, key = random_mask(0), jax.random.key(3)
+  together, _ = draw(mask, 6, seed=3)
+  for row in range(B):
+    lone = mask[row : row + 1]
+    keys = row_keys(key, jnp.array([row]))
+    anchors, _ = draw_anchors(keys, jnp.asarray(lone), 6, alone(lone))
+    np.testing.assert_array_equal(anchors[0], together[row])
 
 
 def test_more_anchors_than_positions_leave_invalid_blocks():

@@ -10,7 +10,12 @@ import pytest
 
 from dflash_jax.drafters import DFlash
 from tests.testing import tiny_drafter_config, tiny_target_config
-from train.checkpoint import CheckpointError, Checkpoints, quieten_orbax
+from train.checkpoint import (
+  CheckpointError,
+  Checkpoints,
+  _checksums,
+  quieten_orbax,
+)
 from train.state import TrainState, fold_tap_scale
 
 
@@ -139,6 +144,41 @@ def test_a_damaged_checkpoint_is_named(tmp_path, state):
     largest.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"checkpoint 2.*delete it"):
       Checkpoints(tmp_path, keep=2).restore(state)
+
+
+def mix(x: int) -> int:
+  """MurmurHash3's finaliser, in Python's integers."""
+  x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+  x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+  return x ^ (x >> 16)
+
+
+def test_a_checksum_is_a_sum_over_elements_and_their_places():
+  rng = np.random.default_rng(0)
+  leaves = {
+    "a": rng.normal(size=(3, 5, 2)).astype(np.float32),
+    "b": np.int32(7),
+    "c": np.asarray(jnp.asarray(rng.normal(size=11), jnp.bfloat16)),
+  }
+  expected = 0
+  for number, leaf in enumerate(leaves.values()):
+    bits = leaf.reshape(-1).view(f"uint{8 * leaf.dtype.itemsize}").tolist()
+    for place, word in enumerate(bits):
+      where = (mix(number) + place) % 2**32
+      expected += mix(word ^ mix(where))
+  assert _checksums({"x": leaves, "y": ()}) == {"x": expected % 2**32, "y": 0}
+
+
+def test_a_checksum_sees_every_change():
+  x = np.arange(35, dtype=np.float32).reshape(5, 7)
+  swapped, flipped, moved = x.copy(), x.copy(), np.roll(x, 1, axis=0)
+  swapped[1, 2], swapped[2, 1] = x[2, 1], x[1, 2]
+  flipped.view(np.uint32)[4, 6] ^= 1 << 31
+  seen = [
+    _checksums({"x": tree})["x"]
+    for tree in (x, swapped, flipped, moved, x.T, [x, x], [x, -x])
+  ]
+  assert len(set(seen)) == len(seen)
 
 
 def test_orbax_is_quiet_but_warns(tmp_path, state, caplog):

@@ -4,13 +4,21 @@ import json
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from dflash_jax.config import ConfigError, TargetSource
 from tests.testing import tiny_target_config
-from train.corpus import Corpus, CorpusError, identify_target, spread
+from train.corpus import (
+  Corpus,
+  CorpusError,
+  identify_target,
+  identify_weights,
+  spread,
+)
 from train.corpus_writer import CorpusWriter, Example, is_held_out
 from train.files import FileError
 
@@ -126,6 +134,21 @@ def test_random_targets_are_told_apart():
 
 
 # --- Resuming -----------------------------------------------------------------
+
+
+def test_weights_are_told_apart_whatever_was_changed():
+  rng = np.random.default_rng(0)
+  matrices = [jnp.asarray(rng.normal(size=(37, 41))) for _ in range(2)]
+  scale = jnp.ones(41)
+  params = {"layers": matrices, "norm": scale}
+  same = jax.tree.map(jnp.copy, params)
+  assert identify_weights(params) == identify_weights(same)
+  nudged = jax.tree.map(lambda leaf: leaf * (1 + 1e-6), params)
+  rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+  other = {**params, "norm": 2 * scale}
+  swapped = {**params, "layers": matrices[::-1]}
+  found = [nudged, rounded, other, swapped, params]
+  assert len({identify_weights(each) for each in found}) == 5
 
 
 def test_a_corpus_is_continued_where_its_index_ends(tmp_path):
@@ -255,6 +278,22 @@ def test_a_token_outside_the_vocabulary_is_named(directory):
   corpus.check_vocabulary(10)
   with pytest.raises(CorpusError, match="token 9, but .* vocabulary is 9"):
     corpus.check_vocabulary(9)
+
+
+@pytest.mark.parametrize(
+  ("length", "most"),
+  [(7, 3), (99, 3), (6, 2), (5, 2), (4, 1)],
+)
+def test_anchors_that_no_training_answer_can_hold_are_refused(
+  directory, length, most
+):
+  # Answers of three and four tokens; an anchor needs a token after it.
+  corpus = read(directory)
+  corpus.check_anchors(most, length)
+  with pytest.raises(
+    ConfigError, match=rf"num_anchors={most + 1} .* is {most}, cut .*={length}"
+  ):
+    corpus.check_anchors(most + 1, length)
 
 
 def test_a_full_disk_keeps_the_corpus_as_it_was(directory, small_files):

@@ -22,7 +22,6 @@ from train.drafts import (
 )
 from train.losses import is_best, take
 from train.state import Batch
-from train.step import Trainer
 
 S, A, K = 29, 7, BLOCK_SIZE
 ONE_LAYER = {"num_layers": 1, "layer_windows": (), "layer_causal": ()}
@@ -32,7 +31,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # float32 sums in another order
 
 @pytest.fixture(scope="module")
 def world(setup):
-  """Trainer, drafter parameters, two sequences and their taps."""
+  """Learner, drafter parameters, two sequences and their taps."""
   return World(setup)
 
 
@@ -61,7 +60,7 @@ class World:
   def __init__(self, setup, head_ids=None, **drafter):
     network = setup.trainer.drafter.config
     formulas = DFlash(dataclasses.replace(network, **drafter))
-    self.trainer = dataclasses.replace(setup.trainer, drafter=formulas)
+    self.learner = dataclasses.replace(setup.trainer.learner, drafter=formulas)
     self.target_params = setup.target_params
     self.borrowed = borrow(setup.target_params, head_ids)
     self.params = busy_params(formulas, self.borrowed.head.shape[-1])
@@ -72,22 +71,23 @@ class World:
   def read(self, tokens):
     """Taps of the target, brought to a size of about one."""
     batch = whole(tokens)
-    run = jax.jit(Trainer.taps, static_argnums=0)
-    return np.asarray(run(self.trainer, self.target_params, batch)) / 30
+    run = jax.jit(self.learner.taps)
+    return np.asarray(run(self.target_params, batch)) / 30
 
   def draft(self, tokens=None, taps=None):
     """f32[2, A, K - 1, D] at ANCHORS."""
     tokens = self.tokens if tokens is None else tokens
     taps = self.taps if taps is None else taps
     return _draft(
-      self.trainer, self.params, self.borrowed.embedding, whole(tokens), taps
+      self.learner, self.params, self.borrowed.embedding, whole(tokens), taps
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _draft(trainer, params, embedding, batch, taps):
-  drafter, documents = trainer.drafter, batch.documents
-  blocks = trainer._cut(batch, ANCHORS, np.ones(ANCHORS.shape, bool))
+def _draft(learner, params, embedding, batch, taps):
+  drafter, documents = learner.drafter, batch.documents
+  valid = np.ones(ANCHORS.shape, bool)
+  blocks = learner.cut(batch, ANCHORS, valid, learner.slots)
   context = read_context(drafter, params, taps, documents, "float32")
   return run_blocks(drafter, params, embedding, context, blocks)
 
@@ -110,7 +110,7 @@ def test_two_part_attention_equals_one_dense_mask(setup, drafter):
   doubles = functools.partial(np.asarray, dtype=np.float64)
   for row in range(2):
     expected = dense.draft(
-      world.trainer.drafter.config,
+      world.learner.drafter.config,
       jax.tree.map(doubles, world.params),
       doubles(world.borrowed.embedding),
       world.tokens[row],
@@ -134,7 +134,7 @@ def test_drafts_in_training_are_those_of_decoding(setup, name, is_trimmed):
   ids = np.arange(0, setup.trainer.drafter.config.vocab_size, 3)
   parts = ONE_LAYER | VARIANTS.get(name, {})
   world = World(setup, ids if is_trimmed else None, **parts)
-  trainer, drafter = world.trainer, world.trainer.drafter
+  learner, drafter = world.learner, world.learner.drafter
   P = drafter.max_drafts
 
   @jax.jit
@@ -158,7 +158,7 @@ def test_drafts_in_training_are_those_of_decoding(setup, name, is_trimmed):
   @jax.jit
   def train(tokens, anchor):
     batch = whole(tokens)
-    blocks = trainer._cut(batch, anchor[:, None], np.ones((2, 1), bool))
+    blocks = learner.cut(batch, anchor[:, None], np.ones((2, 1), bool), P)
     context = read_context(
       drafter, world.params, world.taps, batch.documents, "float32"
     )
@@ -217,7 +217,7 @@ def test_a_slot_is_corrected_by_the_token_before_it_alone(setup):
       embedding, head = world.borrowed.embedding, world.borrowed.head
       labels = jnp.zeros_like(previous)
       return read_drafts(
-        world.trainer.drafter,
+        world.learner.drafter,
         world.params,
         embedding,
         head,

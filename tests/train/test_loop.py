@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from configs.tiny import get_config
 from dflash_jax.config import Config, ConfigError
 from tests.train.programs import failed_clearly, run
+from train import loop
 from train.checkpoint import Checkpoints
 from train.files import FileError
 from train.loop import TrainingDiverged, train
@@ -19,7 +21,8 @@ from train.record import MetricsLog, read_config, read_run
 from train.setup import Setup
 from train.step import Trainer
 
-STEPS, KEEP_EVERY, LOG_EVERY = 60, 20, 7
+STEPS, KEEP_EVERY, LOG_EVERY, DECODE_EVERY = 60, 20, 7, 30
+PACE = ("slots_per_s", "flops_per_s")
 
 
 def command(corpus: str, workdir: pathlib.Path, *more: str) -> list[str]:
@@ -30,6 +33,9 @@ def command(corpus: str, workdir: pathlib.Path, *more: str) -> list[str]:
     f"--config.train.checkpoint_every={KEEP_EVERY}",
     "--config.train.evaluate_every=1000",
     f"--config.train.log_every={LOG_EVERY}",
+    f"--config.train.decode_every={DECODE_EVERY}",
+    "--config.train.decode_prompts=2",
+    "--config.train.decode_tokens=11",
     "--config.train.sequence_length=48",
     f"--workdir={workdir}",
     *more,
@@ -42,7 +48,8 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
   lines = path.read_text().split("\n")[:-1] if path.exists() else []
   records = [json.loads(line) for line in lines]
   for record in records:
-    record.pop("slots_per_s", None)
+    for name in PACE:
+      record.pop(name, None)
   return records
 
 
@@ -53,6 +60,7 @@ def workdir(corpus_directory, compiled, tmp_path_factory) -> pathlib.Path:
   result = run("train.main", *command(corpus_directory, path), cache=compiled)
   assert result.returncode == 0, result.stderr
   assert "orbax" not in result.stderr and "Checkpoint" not in result.stderr
+  assert "donated" not in result.stderr  # XLA's complaint of buffers unused
   assert "slots/s" in result.stderr
   return path
 
@@ -87,6 +95,8 @@ def test_killed_full_and_resumed_is_the_uninterrupted_run(
   resumed = run("train.main", *arguments, "--resume", cache=compiled)
   assert resumed.returncode == 0, resumed.stderr
   assert metrics(tmp_path) == metrics(workdir)
+  # The bar goes on from the checkpoint, and knows when it will be done.
+  assert re.search(r"\| [2-5]\d/60 \[\d\d:\d\d<\d\d:\d\d", resumed.stderr)
   taus, state = final_state(tmp_path)
   expected_taus, expected = final_state(workdir)
   assert int(state.step) == STEPS
@@ -102,6 +112,10 @@ def test_metrics_say_what_happened(workdir):
     {*range(LOG_EVERY, STEPS, LOG_EVERY), *range(20, STEPS + 1, KEEP_EVERY)}
   )
   assert [r["step"] for r in walked] == [20, 40, 60]
+  decoded = [r for r in records if r["kind"] == "decode"]
+  assert [r["step"] for r in decoded] == [30, 60]
+  assert decoded[0]["tokens"] == 2 * 11 and decoded[0]["tau"] >= 1
+  assert set(decoded[0]) >= {"text", "acceptance"}
   assert set(trained[0]) >= {
     "loss",
     "accuracy",
@@ -112,6 +126,36 @@ def test_metrics_say_what_happened(workdir):
   }
   assert len(trained[0]["accuracy"]) == 3
   assert set(walked[0]) >= {"tau", "tau_per_answer", "acceptance", "loss"}
+
+
+def test_every_line_tells_the_pace(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  trained = [r for r in map(json.loads, lines) if r["kind"] == "train"]
+  assert all(set(r) >= set(PACE) and r["slots_per_s"] > 0 for r in trained)
+  ratios = [r["flops_per_s"] * r["slots"] / r["slots_per_s"] for r in trained]
+  assert ratios == pytest.approx([ratios[0]] * len(ratios))
+
+
+def test_batches_made_ahead_change_nothing_and_the_state_is_given_away(
+  workdir, corpus_directory, tmp_path, monkeypatch
+):
+  def one_by_one(make, steps):
+    yield from map(make, steps)
+
+  update, given = Trainer.update, []
+
+  def watched(self, state, *arguments):
+    result = update(self, state, *arguments)
+    leaves = jax.tree.leaves(state.params)
+    given.append(all(leaf.is_deleted() for leaf in leaves))
+    return result
+
+  monkeypatch.setattr(loop, "prefetch", one_by_one)
+  monkeypatch.setattr(Trainer, "update", watched)
+  config = configured(corpus_directory, decode_every=DECODE_EVERY)
+  train(config, str(tmp_path))
+  assert metrics(tmp_path) == metrics(workdir)
+  assert all(given[:KEEP_EVERY])  # a checkpoint may hold on to the state
 
 
 def test_the_config_and_what_it_came_to_are_written_beside(
@@ -138,6 +182,8 @@ def configured(corpus_directory, **overrides) -> Config:
     "evaluate_every": 1000,
     "log_every": LOG_EVERY,
     "sequence_length": 48,
+    "decode_prompts": 2,
+    "decode_tokens": 11,
   }
   config.train = dataclasses.replace(config.train, **settings | overrides)
   return config
@@ -191,6 +237,18 @@ def test_resuming_with_another_config_names_the_field(
     train(config, str(workdir), resume=True)
 
 
+def test_resuming_with_another_config_names_every_field(
+  workdir, corpus_directory
+):
+  config = configured(corpus_directory, learning_rate=1e-3, log_every=3)
+  config.drafter.num_layers = 3
+  with pytest.raises(FileError) as caught:
+    train(config, str(workdir), resume=True)
+  message = str(caught.value)
+  assert "drafter.num_layers=2, not 3; train.learning_rate=" in message
+  assert "log_every" not in message
+
+
 def test_resuming_on_another_corpus_is_refused(
   workdir, corpus_directory, tmp_path
 ):
@@ -229,6 +287,11 @@ def test_resuming_on_another_corpus_is_refused(
     ("train", "ema", 1.0, "train.ema=1.0"),
     ("train", "packing", -1, "train.packing=-1"),
     ("train", "learning_rate", float("inf"), "learning_rate=inf"),
+    ("train", "num_anchors", 99, "num_anchors=99 exceeds .*; lower num_anch"),
+    ("train", "hybrid_features", True, "name a directory in train.feature_ca"),
+    ("train", "decode_every", -1, "train.decode_every=-1"),
+    ("train", "decode_tokens", 0, "train.decode_tokens=0"),
+    ("train", "trackers", ("mlflow",), "'mlflow' is unknown"),
     ("train", "accumulate", 3, "accumulate=3 .* divide train.batch_size=4"),
     ("train", "compute_dtype", "int8", "compute_dtype='int8'"),
     ("train", "warmup", 1.0, "train.warmup=1.0"),
@@ -238,7 +301,10 @@ def test_resuming_on_another_corpus_is_refused(
     ("drafter", "num_taps", 4, "num_taps=4"),
     ("drafter", "mask_token_id", 259, "mask_token_id=259 is outside .* 259"),
     ("drafter", "block_size", 1, "block_size=1 drafts nothing"),
-    ("drafter", "name", "eagle3", "'eagle3' cannot be trained"),
+    ("drafter", "name", "medusa", "'medusa' cannot be trained"),
+    ("drafter", "name", "eagle3", "num_layers=2, and eagle3 has one layer"),
+    ("drafter", "name", "lm", "'dpace' weighs .* use 'uniform'"),
+    ("train", "unroll_steps", 0, "train.unroll_steps=0"),
     ("drafter", "name", "dspark", "confidence would never learn"),
     ("drafter", "name", "dflash2", "selector would never learn"),
     ("drafter", "draft_vocabulary", 260, "draft_vocabulary=260 exceeds"),

@@ -129,11 +129,9 @@ def test_the_target_reads_packed_documents_as_if_alone(packed, batch):
   taps = read_packed(
     packed.trainer.target, packed.target_params, batch.tokens, starts, (0, 2)
   )
-  read = jax.jit(Trainer.taps, static_argnums=0)
+  read = jax.jit(unpacked(packed).learner.taps)
   for row, place in members(batch):
-    expected = read(
-      unpacked(packed), packed.target_params, extract(batch, row, place)
-    )
+    expected = read(packed.target_params, extract(batch, row, place))
     length = place.stop - place.start
     np.testing.assert_allclose(
       taps[row, place], expected[0, :length, :48], rtol=1e-4, atol=1e-4
@@ -159,9 +157,8 @@ def unpacked(setup: Setup) -> Trainer:
 def test_anchors_are_budgeted_by_document(batch):
   mask, documents = batch.loss_mask, batch.documents
   budget = 5
-  anchors, valid = draw_anchors(
-    jax.random.key(0), mask, budget, documents, MOST
-  )
+  keys = jax.random.split(jax.random.key(0), 3)
+  anchors, valid = draw_anchors(keys, mask, budget, documents, MOST)
   assert anchors.shape == (3, budget * MOST)
   allowed = np.asarray(every_anchor(mask, documents)[1])
   for row, place in members(batch):
@@ -194,12 +191,13 @@ def test_packed_sums_are_those_of_the_documents_alone(packed, batch):
   params = jax.tree.map(  # large enough that all of the context matters
     lambda x: x * SCALE if x.ndim > 1 else x, state.drafter
   )
-  blocks = packed.trainer._draw_blocks(jax.random.key(0), batch)
+  keys = jax.random.split(jax.random.key(0), 3)
+  blocks = packed.trainer.learner.draw(keys, batch)
   tables = (packed.target_params, packed.borrowed)
 
   @functools.partial(jax.jit, static_argnums=0)
   def run(trainer, batch, blocks):
-    return trainer.block_sums(params, *tables, batch, blocks)
+    return trainer.learner.sums(params, *tables, batch, blocks)
 
   together = run(packed.trainer, batch, blocks)
   apart = []
@@ -210,7 +208,7 @@ def test_packed_sums_are_those_of_the_documents_alone(packed, batch):
     mine &= np.asarray(blocks.mask[row].any(-1))
     chosen = np.resize(anchors[mine] - place.start, 7)[None]
     valid = (np.arange(7) < mine.sum())[None]
-    lone = unpacked(packed)._cut(alone, jnp.asarray(chosen), valid)
+    lone = unpacked(packed).learner.cut(alone, jnp.asarray(chosen), valid, K)
     apart.append(run(unpacked(packed), alone, lone))
   total = jax.tree.map(lambda *parts: sum(parts), *apart)
   assert float(together.blocks) > 20

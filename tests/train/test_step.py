@@ -17,7 +17,7 @@ from tests.testing import (
   tiny_target_config,
 )
 from tests.train.conftest import copy, make_setup, train_steps
-from train.anchors import cut_blocks, every_anchor
+from train.anchors import cut_blocks, every_anchor, row_keys
 from train.setup import Setup
 from train.state import fold_tap_scale
 from train.step import Trainer
@@ -154,12 +154,12 @@ def test_the_loss_of_a_step_is_the_folded_drafters(setup):
   state = trainer.init_state(jax.random.key(1), scale)
   batch = setup.train_batch(0)
   key = jax.random.fold_in(jax.random.key(trainer.config.seed), 0)
-  expected = jax.jit(trainer.block_sums)(
+  expected = jax.jit(trainer.learner.sums)(
     fold_tap_scale(state.params, scale),
     setup.target_params,
     setup.borrowed,
     batch,
-    trainer._draw_blocks(key, batch),
+    trainer.learner.draw(row_keys(key, jnp.arange(4)), batch),
   )
   arguments = (setup.target_params, setup.borrowed, batch)
   _, sums, _ = trainer.update(state, *arguments)
@@ -199,20 +199,21 @@ def test_the_teacher_says_what_the_target_said_before_each_label(
   """Its greedy answers are its own argmax: rows off by one would not match."""
   parts = {"anchor_predicts": anchor_predicts}
   setup = make_setup(model, corpus, parts=parts, loss="kl")
-  trainer, batch = setup.trainer, setup.train_batch(0)
+  learner, batch = setup.trainer.learner, setup.train_batch(0)
   if is_cached:
-    states = trainer.taps(setup.target_params, batch)
+    states = learner.taps(setup.target_params, batch)
     batch = dataclasses.replace(batch, taps=states.astype(jnp.float16))
-  blocks = trainer._draw_blocks(jax.random.key(0), batch)
-  taps, last = trainer._split(setup.target_params, batch)
-  hidden = trainer._teacher(setup.target_params, last, blocks)
-  said = trainer.target.logits(setup.target_params, hidden).argmax(-1)
+  keys = jax.random.split(jax.random.key(0), 4)
+  blocks = learner.draw(keys, batch)
+  taps, last = learner.split(setup.target_params, batch)
+  hidden = learner.teach(setup.target_params, last, blocks)
+  said = learner.target.logits(setup.target_params, hidden).argmax(-1)
   mask = np.asarray(blocks.mask)
   assert mask.sum() > 20 and mask.shape[-1] == K - 1 + anchor_predicts
   np.testing.assert_array_equal(
     np.asarray(said)[mask], np.asarray(blocks.labels)[mask]
   )
-  plain = make_setup(model, corpus, parts=parts).trainer
+  plain = make_setup(model, corpus, parts=parts).trainer.learner
   np.testing.assert_allclose(
     taps, plain.taps(setup.target_params, batch)[..., : taps.shape[-1]]
   )
