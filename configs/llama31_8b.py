@@ -63,6 +63,7 @@ def get_config() -> Config:
       batch_size=BATCH_SIZE,
       sequence_length=3072,
       num_anchors=512,
+      anchor_chunk=32,
       slot_weights="decay",
       learning_rate=6e-4,
       loss_chunk=128,

@@ -18,7 +18,7 @@ parameters.
 The recipe: about 800,000 prompts (Nemotron Post-Training V2, CodeAlpaca), each
 answered by the target, for six epochs. The paper does not give its batch; this
 one is that of SpecForge's public recipe, four sequences on each of eight GPUs.
-Where memory is short, lower train.batch_size and train.num_anchors first.
+Where memory is short, lower train.anchor_chunk and train.batch_size first.
 """
 
 from dflash_jax.config import (
@@ -60,6 +60,7 @@ def get_config() -> Config:
       batch_size=BATCH_SIZE,
       sequence_length=3072,
       num_anchors=512,
+      anchor_chunk=32,
       slot_weights="decay",  # with the paper's decay for block 16, gamma 7
       learning_rate=6e-4,
       loss_chunk=128,
