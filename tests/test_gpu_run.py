@@ -76,6 +76,7 @@ def calls(tmp_path_factory):
   return folder, (first, cut), (second, _finish(second))
 
 
+@pytest.mark.slow
 def test_cut_call_says_so_and_leaves_the_corpus(calls):
   folder, (call, text), _ = calls
   assert call.returncode == 143, text
@@ -83,6 +84,7 @@ def test_cut_call_says_so_and_leaves_the_corpus(calls):
   assert (folder / "first/corpus.tar.xz.part0").exists()
 
 
+@pytest.mark.slow
 def test_next_call_resumes_and_ends(calls):
   folder, _, (call, text) = calls
   assert call.returncode == 0, text
@@ -99,6 +101,7 @@ def test_next_call_resumes_and_ends(calls):
   assert names == ["self-bfloat16", "self-float32"]
 
 
+@pytest.mark.slow
 def test_fresh_machine_goes_on_from_what_came_back(calls, tmp_path):
   folder, _, (_, text) = calls
   pieces = list((folder / "second").glob("drafter.tar.xz.part*"))

@@ -103,7 +103,9 @@ def error(kind, drafting) -> float:
 
 
 @pytest.mark.parametrize(
-  "drafting", [CHAIN, TREE, DRAWN_CHAIN], ids=["chain", "tree", "drawn"]
+  "drafting",
+  [pytest.param(CHAIN, marks=pytest.mark.slow), TREE, DRAWN_CHAIN],
+  ids=["chain", "tree", "drawn"],
 )
 def test_every_node_is_as_likely_as_from_scratch(drafting):
   """After rejections, bonus tokens and rest, with no token left out."""
