@@ -105,6 +105,7 @@ def _describe(share: float, speedup: float | None) -> str:
 
 
 def print_verdicts(verdicts: Sequence[dict[str, Any]]) -> None:
+  """Prints a line for each aim: what it is, and whether it is met."""
   for record in verdicts:
     aim = _describe(record["share"], record["speedup"])
     print(
@@ -252,6 +253,7 @@ def choose_implementations(asked: Sequence[str], device: Device) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+  """Times what the flags ask for, until the minutes are up."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS

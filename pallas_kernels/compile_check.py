@@ -267,6 +267,7 @@ def _report_target(target: str, only: str) -> bool:
 
 
 def main(argv: list[str]) -> None:
+  """Prints the table; exits with 1 if a kernel is not as it should be."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS

@@ -170,6 +170,7 @@ def write(file: pathlib.Path, kind: str, entries: Sequence[Entry]) -> None:
 
 
 def main(argv: list[str]) -> None:
+  """Times the configs that can run here, and writes the table of the best."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS

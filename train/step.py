@@ -106,7 +106,7 @@ class Trainer:
     borrowed: Borrowed,
     batch: Batch,
   ) -> tuple[TrainState, SlotSums, dict[str, jax.Array]]:
-    """One optimiser step; anchors depend on (seed, step) alone.
+    """One optimiser step; anchors depend on seed, step and row alone.
 
     Returns:
       The new state, the batch's sums, and norms of gradient and update.

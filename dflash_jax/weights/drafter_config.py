@@ -133,6 +133,7 @@ def read_config(
 
 
 def scaling_fields(scaling: RotaryScaling | None) -> dict[str, Any] | None:
+  """Rotary scaling as config.json's rope_scaling; None for none."""
   if scaling is None:
     return None
   fields: dict[str, Any] = {

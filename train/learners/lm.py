@@ -71,11 +71,9 @@ class LmLearner(Learner):
     plain_share: jax.Array | float = 0.0,
   ) -> SlotSums:
     """The loss of every token; and what is right, in blocks of K' drafts."""
-    size = self.config.anchor_chunk or blocks.anchors.shape[1]
-    right, sums = self._sum_anchors(
-      params, target_params, borrowed, batch, blocks, size, plain_share
-    )
-    return self._line_up(right, sums, batch)[1]
+    return self._judge(
+      params, target_params, borrowed, batch, blocks, plain_share
+    )[1]
 
   def matches(
     self,
@@ -88,11 +86,7 @@ class LmLearner(Learner):
     """Which drafts would be right, as Learner.matches; each is judged once."""
     del devices
     blocks = self._every_token(batch)
-    size = self.config.anchor_chunk or blocks.anchors.shape[1]
-    right, sums = self._sum_anchors(
-      params, target_params, borrowed, batch, blocks, size
-    )
-    return self._line_up(right, sums, batch)
+    return self._judge(params, target_params, borrowed, batch, blocks)
 
   def read(
     self, params: Params, borrowed: Borrowed, taps: jax.Array, batch: Batch
@@ -143,6 +137,22 @@ class LmLearner(Learner):
     places = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
     places = jnp.broadcast_to(places, batch.tokens.shape)
     return self.cut(batch, places, jnp.ones_like(places, bool), self.slots)
+
+  def _judge(
+    self,
+    params: Params,
+    target_params: Params,
+    borrowed: Borrowed,
+    batch: Batch,
+    blocks: Blocks,
+    plain_share: jax.Array | float = 0.0,
+  ) -> tuple[jax.Array, SlotSums]:
+    """Right drafts bool[B, S, K'] and sums, each token judged once."""
+    size = self.config.anchor_chunk or blocks.anchors.shape[1]
+    right, sums = self._sum_anchors(
+      params, target_params, borrowed, batch, blocks, size, plain_share
+    )
+    return self._line_up(right, sums, batch)
 
   def _line_up(
     self, right: jax.Array, sums: SlotSums, batch: Batch
