@@ -1,5 +1,6 @@
 """Runs the project's programs the way a user does."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -29,6 +30,22 @@ def run_module(module, *arguments, text="", cwd=ROOT, **variables):
     timeout=300,
     check=False,
   )
+
+
+def run_each(module, lines):
+  """Runs python -m module once for each list of arguments; as run_module.
+
+  Without input, for one import: the way for many short runs.
+  """
+  told = run_module(
+    "tests.forked", module, text="".join(f"{json.dumps(x)}\n" for x in lines)
+  )
+  assert told.returncode == 0, told.stderr
+  ends = [json.loads(line) for line in told.stdout.splitlines()]
+  return [
+    subprocess.CompletedProcess(arguments, **end)
+    for arguments, end in zip(lines, ends, strict=True)
+  ]
 
 
 def save_tiny_drafter(directory, **overrides):

@@ -63,18 +63,17 @@ DRAWN = Sampling(temperature=1.3)
 # --- Tokens -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, LAW], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
-  ("drafting", "policy"),
+  ("drafting", "policy", "sampling"),
   [
-    (Drafting(K - 1), Fixed(2)),
-    (Drafting(K - 1), Threshold(0.02)),
-    (Drafting(K - 1), Goodput()),
-    (Drafting(K - 1, sampling=DRAWN, is_coupled=True), Fixed()),
-    (TREE, Fixed()),
-    (TREE, Fixed(5)),
-    (TREE, Goodput()),
-    (dataclasses.replace(TREE, sampling=DRAWN, is_coupled=True), Fixed()),
+    (Drafting(K - 1), Fixed(2), GREEDY),
+    (Drafting(K - 1), Threshold(0.02), LAW),
+    (Drafting(K - 1), Goodput(), GREEDY),
+    (Drafting(K - 1, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
+    (TREE, Fixed(), GREEDY),
+    (TREE, Fixed(5), LAW),
+    (TREE, Goodput(), LAW),
+    (dataclasses.replace(TREE, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
   ],
   ids=lambda value: type(value).__name__,
 )

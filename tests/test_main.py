@@ -11,7 +11,7 @@ from dflash_jax.__main__ import Options, answer_all
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.generate import generate
 from dflash_jax.prompts import Prompt
-from tests.commands import TINY, run_module, save_tiny_drafter
+from tests.commands import TINY, run_each, run_module, save_tiny_drafter
 from tests.testing import oracle_model, tiny_model
 
 JSON_KEYS = ["text", "tokens", "rounds", "tau", "ttft_s", "tpot_s"]
@@ -197,28 +197,26 @@ def test_sampled_replies_are_those_of_plain_sampling_and_follow_the_seed(
   tmp_path,
 ):
   drafter = save_tiny_drafter(tmp_path / "drafter")
-  replies = {}
-  for seed in (7, 8):
-    done = run_module(
-      "dflash_jax",
-      f"--config={TINY}",
-      f"--drafter={drafter}",
-      "--prompt=Hello",
-      "--max_new_tokens=9",
-      "--compare",
-      "--json",
-      "--temperature=0.9",
-      "--top_p=0.9",
-      "--draft_temperature=1.2",
-      "--tree_nodes=6",
-      "--width=goodput",
-      f"--seed={seed}",
-    )
+  settings = [
+    f"--config={TINY}",
+    f"--drafter={drafter}",
+    "--prompt=Hello",
+    "--max_new_tokens=9",
+    "--compare",
+    "--json",
+    "--temperature=0.9",
+    "--top_p=0.9",
+    "--draft_temperature=1.2",
+    "--tree_nodes=6",
+  ]
+  runs = run_each("dflash_jax", [[*settings, f"--seed={n}"] for n in (7, 8)])
+  for done in runs:
     assert done.returncode == 0, done.stderr
-    replies[seed] = json.loads(done.stdout)
-    assert replies[seed]["identical"] is True
-    assert replies[seed]["guarantee"] == "tokens"
-  assert replies[7]["tokens"] != replies[8]["tokens"]
+  replies = [json.loads(done.stdout) for done in runs]
+  for reply in replies:
+    assert reply["identical"] is True
+    assert reply["guarantee"] == "tokens"
+  assert replies[0]["tokens"] != replies[1]["tokens"]
 
 
 @pytest.mark.parametrize(
@@ -245,20 +243,20 @@ def test_a_width_below_the_block_is_told():
 
 def test_a_block_can_be_shorter_than_it_was_trained_for(tmp_path):
   drafter = save_tiny_drafter(tmp_path / "drafter")  # of blocks of 4
-  settings = ["--prompt=Hello", "--max_new_tokens=9", "--width=fixed:9"]
-  too_long = "block_size=5 is impossible; this drafter was trained for 4"
-  for size, complaint in ((2, ""), (5, too_long)):
-    done = run_module(
-      "dflash_jax",
-      f"--config={TINY}",
-      f"--drafter={drafter}",
-      f"--block_size={size}",
-      *settings,
-    )
-    assert complaint in done.stderr
-    if not complaint:
-      assert "acceptance by slot: 1: " in done.stdout
-      assert "2: " not in done.stdout.split("acceptance by slot")[1][:12]
+  settings = [
+    f"--config={TINY}",
+    f"--drafter={drafter}",
+    "--prompt=Hello",
+    "--max_new_tokens=9",
+    "--width=fixed:9",
+  ]
+  short, long = run_each(
+    "dflash_jax", [[*settings, f"--block_size={size}"] for size in (2, 5)]
+  )
+  assert "acceptance by slot: 1: " in short.stdout
+  assert "2: " not in short.stdout.split("acceptance by slot")[1][:12]
+  complaint = "block_size=5 is impossible; this drafter was trained for 4"
+  assert complaint in long.stderr
 
 
 def test_chat_reads_piped_lines():
@@ -275,35 +273,35 @@ def test_chat_reads_piped_lines():
   assert first["tokens"] == second["tokens"]
 
 
-@pytest.mark.parametrize(
-  ("arguments", "complaint"),
-  [
-    (["--config.decode.nonsense=3", "--prompt=a"], "has no field 'nonsense'"),
-    (["--config.decode.batch_size=x", "--prompt=a"], "invalid literal for int"),
-    (["--promt=a"], "Did you mean: prompt"),
-    (["--prompt=a", "--drafter=nowhere/at/all"], "nowhere/at/all"),
-    (["--prompts=missing.jsonl"], "missing.jsonl does not exist"),
-    (["--prompt=a", "--chat"], "give one of"),
-    (["--prompt=a", "--rule=best"], "rule='best' is unknown; choose one of"),
-    (["--prompt=a", "--rule=greedy", "--temperature=1"], "would not sample"),
-    (["--prompt=a", "--top_p=0"], "top_p=0.0 is impossible; use more than 0"),
-    (["--prompt=a", "--draft_temperature=-1"], "draft_temperature=-1.0 is"),
-    (["--prompt=a", "--tree_nodes=-2"], "tree_nodes=-2 is impossible"),
-    (["--prompt=a", "--seed=-1"], "seed=-1 is impossible; use 0 or more"),
-  ],
-)
-def test_mistakes_end_with_one_line(arguments, complaint):
-  done = run_module("dflash_jax", f"--config={TINY}", *arguments)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: ") and complaint in done.stderr
-  assert done.stderr.count("\n") == 1
-  assert not done.stdout
+MISTAKES = {
+  "has no field 'nonsense'": ["--config.decode.nonsense=3", "--prompt=a"],
+  "invalid literal for int": ["--config.decode.batch_size=x", "--prompt=a"],
+  "Did you mean: prompt": ["--promt=a"],
+  "nowhere/at/all": ["--prompt=a", "--drafter=nowhere/at/all"],
+  "missing.jsonl does not exist": ["--prompts=missing.jsonl"],
+  "give one of": ["--prompt=a", "--chat"],
+  "rule='best' is unknown; choose one of": ["--prompt=a", "--rule=best"],
+  "would not sample": ["--prompt=a", "--rule=greedy", "--temperature=1"],
+  "top_p=0.0 is impossible; use more than 0": ["--prompt=a", "--top_p=0"],
+  "draft_temperature=-1.0 is": ["--prompt=a", "--draft_temperature=-1"],
+  "tree_nodes=-2 is impossible": ["--prompt=a", "--tree_nodes=-2"],
+  "seed=-1 is impossible; use 0 or more": ["--prompt=a", "--seed=-1"],
+}
 
 
-def test_mismatched_drafter_names_both_numbers(tmp_path):
+def test_mistakes_end_with_one_line(tmp_path):
   drafter = save_tiny_drafter(tmp_path / "drafter", num_target_layers=7)
-  done = run_module(
-    "dflash_jax", f"--config={TINY}", f"--drafter={drafter}", "--prompt=a"
-  )
-  assert done.returncode == 2
-  assert "target layers is 7 in the drafter and 5 in the target" in done.stderr
+  mistakes = MISTAKES | {
+    "target layers is 7 in the drafter and 5 in the target": [
+      "--prompt=a",
+      f"--drafter={drafter}",
+    ]
+  }
+  lines = [[f"--config={TINY}", *mistake] for mistake in mistakes.values()]
+  for complaint, done in zip(
+    mistakes, run_each("dflash_jax", lines), strict=True
+  ):
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and complaint in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout

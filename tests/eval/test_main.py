@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.commands import TINY, run_module, save_tiny_drafter
+from tests.commands import TINY, run_each, run_module, save_tiny_drafter
 
 
 @pytest.fixture(scope="module")
@@ -82,33 +82,20 @@ def test_sweeps_over_lines_given_by_flag(drafter, prompts, tmp_path):
   assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_mistakes_in_a_sweep_end_with_one_line(drafter, prompts):
-  given = f"--drafter={drafter}"
-  cases = {
-    "no drafter to sweep": [],
-    "'breadth' is no axis": [given, "--config.eval.sweep=breadth=3"],
-    "eval.sweep is empty": [given, "--config.eval.sweep=()"],
-  }
-  for complaint, arguments in cases.items():
-    done = run_module(
-      "eval.main",
-      "--sweep",
-      f"--config={TINY}",
-      f"--prompts={prompts}",
-      *arguments,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and complaint in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_mistakes_end_with_one_line(prompts):
-  cases = {
+def test_mistakes_end_with_one_line(drafter, prompts):
+  sweep = ["--sweep", f"--prompts={prompts}"]
+  given = [*sweep, f"--drafter={drafter}"]
+  mistakes = {
     "--prompts=FILE is missing": [],
     "no drafter to compare": [f"--prompts={prompts}"],
+    "no drafter to sweep": sweep,
+    "'breadth' is no axis": [*given, "--config.eval.sweep=breadth=3"],
+    "eval.sweep is empty": [*given, "--config.eval.sweep=()"],
   }
-  for complaint, arguments in cases.items():
-    done = run_module("eval.main", f"--config={TINY}", *arguments)
+  lines = [[f"--config={TINY}", *mistake] for mistake in mistakes.values()]
+  for complaint, done in zip(
+    mistakes, run_each("eval.main", lines), strict=True
+  ):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and complaint in done.stderr
     assert done.stderr.count("\n") == 1
