@@ -22,7 +22,7 @@ SHOW := 2> >(grep -v '^WARNING: Location' >&2) \
 
 # What tests compile is kept, for their many processes and for the next run.
 TESTED := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 # Packages that exist by now.
 PACKAGES := $(patsubst %/,%,$(dir $(wildcard $(addsuffix /__init__.py, \

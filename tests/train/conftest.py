@@ -198,8 +198,12 @@ def small_files():
 
 @pytest.fixture(scope="package", autouse=True)
 def compiled(tmp_path_factory) -> Iterator[pathlib.Path]:
-  """Compiled code that the tests share with the programs they run."""
-  path = tmp_path_factory.mktemp("compiled")
+  """Compiled code that the tests share with the programs they run.
+
+  That of `make test`, if it is make that runs them.
+  """
+  kept = jax.config.jax_compilation_cache_dir
+  path = pathlib.Path(kept or tmp_path_factory.mktemp("compiled"))
   settings = {
     "jax_compilation_cache_dir": str(path),
     "jax_persistent_cache_min_compile_time_secs": 0,
