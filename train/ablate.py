@@ -172,7 +172,13 @@ def _finish(trial: Trial, results: Results) -> None:
 
 def _command() -> str:
   """This command, as a person would type it."""
-  return shlex.join(["python", "-m", "train.ablate", *sys.argv[1:]])
+
+  def quote(argument: str) -> str:
+    if "'" in argument and not set(argument) & set('"$`\\!'):
+      return f'"{argument}"'
+    return shlex.quote(argument)
+
+  return " ".join(["python -m train.ablate", *map(quote, sys.argv[1:])])
 
 
 if __name__ == "__main__":
