@@ -32,6 +32,7 @@ def fork(name: str, arguments: list[str]) -> dict[str, int | str]:
   with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
     child = os.fork()
     if child == 0:
+      os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # not the other runs' lines
       os.dup2(out.fileno(), 1)
       os.dup2(err.fileno(), 2)
       sys.argv = [name, *arguments]

@@ -63,18 +63,26 @@ DRAWN = Sampling(temperature=1.3)
 # --- Tokens -------------------------------------------------------------------
 
 
+CERTAIN = [
+  (Drafting(K - 1), Fixed(2), GREEDY),
+  (Drafting(K - 1), Threshold(0.02), LAW),
+  (Drafting(K - 1), Goodput(), GREEDY),
+  (Drafting(K - 1, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
+  (TREE, Fixed(), GREEDY),
+  (TREE, Fixed(5), LAW),
+  (TREE, Goodput(), LAW),
+  (dataclasses.replace(TREE, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
+]
+# Each with the other law, too.
+OTHERS = [
+  pytest.param(*rest, GREEDY if law is LAW else LAW, marks=pytest.mark.slow)
+  for *rest, law in CERTAIN
+]
+
+
 @pytest.mark.parametrize(
   ("drafting", "policy", "sampling"),
-  [
-    (Drafting(K - 1), Fixed(2), GREEDY),
-    (Drafting(K - 1), Threshold(0.02), LAW),
-    (Drafting(K - 1), Goodput(), GREEDY),
-    (Drafting(K - 1, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
-    (TREE, Fixed(), GREEDY),
-    (TREE, Fixed(5), LAW),
-    (TREE, Goodput(), LAW),
-    (dataclasses.replace(TREE, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
-  ],
+  [*CERTAIN, *OTHERS],
   ids=lambda value: type(value).__name__,
 )
 def test_certain_drafts_give_the_tokens_of_plain_decoding(

@@ -181,8 +181,13 @@ DRAFTS = {
     ({}, {"tree_nodes": 11}),
     ({"temperature": 1.0, "top_p": 0.9}, DRAFTS["P=8"]),
     ({"temperature": 0.6, "top_k": 50}, DRAFTS["K=8"]),
+    pytest.param(
+      {"temperature": 1.0, "top_k": 50},
+      {"width": "threshold:0.3"},
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=["greedy tree", "coupled tree", "coupled chain"],
+  ids=["greedy tree", "coupled tree", "coupled chain", "threshold"],
 )
 def test_trees_and_sampling_keep_the_tokens(model, law, drafts):
   settings = {"max_new_tokens": 32, "batch_size": 4}
