@@ -16,6 +16,7 @@ from dflash_jax import sampling as sampling_lib
 from dflash_jax.config import ConfigError
 from dflash_jax.decode_state import DecodeState, ModelParams, Read
 from dflash_jax.drafters.base import Drafter
+from dflash_jax.laws import Laws
 from dflash_jax.proposal import Drafting, Moment, Proposal
 from dflash_jax.sampling import Sampling
 from dflash_jax.target import Target
@@ -167,7 +168,7 @@ class Decoder:
       params.target, jnp.take_along_axis(hidden, last, axis=1)
     )
     chosen = prediction.choose(
-      self.sampling, state.seeds, cache.length[:, None]
+      self._law(state), state.seeds, cache.length[:, None]
     )
     state = dataclasses.replace(
       state,
@@ -241,7 +242,7 @@ class Decoder:
     )
     prediction = self.target.predict(params.target, hidden)
     moment = Moment(state.seeds, state.cache.length)
-    verdict = self.verifier.judge(nodes, prediction, moment)
+    verdict = self.verifier.judge(nodes, prediction, moment, state.laws)
     active = ~state.done
     emitted = jnp.where(active, self._truncate(state, verdict), 0)
     outcome = Outcome.create(
@@ -305,7 +306,7 @@ class Decoder:
         params.target, read[:, None], state.cache, self.drafter.taps
       )
       chosen = self.target.predict(params.target, hidden).choose(
-        self.sampling, state.seeds, state.cache.length[:, None] + 1
+        self._law(state), state.seeds, state.cache.length[:, None] + 1
       )
       active = ~state.done
       state = dataclasses.replace(
@@ -350,13 +351,18 @@ class Decoder:
   def _truncate(self, state: DecodeState, verdict: Verdict) -> jax.Array:
     """i32[B]: tokens to emit, cut at the budget and after a stop token."""
     count = jnp.minimum(verdict.accepted + 1, state.budget - state.count)
-    stops = self._is_stop(verdict.tokens)
+    stops = self._is_stop(state, verdict.tokens)
     before_stop = jnp.cumprod(1 - stops, axis=1).sum(axis=1)
     return jnp.minimum(count, before_stop + 1)
 
-  def _is_stop(self, tokens: jax.Array) -> jax.Array:
-    """i32, 1 where a token ends a reply."""
+  def _law(self, state: DecodeState) -> Sampling | Laws:
+    return self.sampling if state.laws is None else state.laws
+
+  def _is_stop(self, state: DecodeState, tokens: jax.Array) -> jax.Array:
+    """i32[B, T], 1 where one of tokens i32[B, T] ends a reply."""
     stops = jnp.array(self.stop_ids or (-1,), jnp.int32)
+    if state.stops is not None:
+      stops = state.stops[:, None]
     return (tokens[..., None] == stops).any(axis=-1).astype(jnp.int32)
 
   def _emit(
@@ -375,7 +381,7 @@ class Decoder:
     last = jnp.maximum(emitted - 1, 0)[:, None]
     newest = jnp.take_along_axis(tokens, last, axis=1)
     count = state.count + emitted
-    stopped = self._is_stop(newest)[:, 0] == 1
+    stopped = self._is_stop(state, newest)[:, 0] == 1
     return dataclasses.replace(
       state,
       tokens=write_rows(state.tokens, tokens, state.count),

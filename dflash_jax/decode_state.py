@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.drafters.base import Borrowed
+from dflash_jax.laws import Laws
 from dflash_jax.target import Params
 from dflash_jax.verify import Verdict
 from dflash_jax.width import UNMEASURED, Costs
@@ -50,6 +52,9 @@ class DecodeState:
     verified: i32[B], nodes verified in all rounds.
     width: the width policy's own state, shared by the rows.
     drafts: bool[], whether the policy wants the next rounds drafted.
+    laws: of each row; None for the decoder's own sampling.
+    stops: i32[B, W], tokens that end each reply, -1 where fewer; None for the
+      decoder's own stop_ids.
   """
 
   cache: KVCache
@@ -66,6 +71,8 @@ class DecodeState:
   verified: jax.Array
   width: Any
   drafts: jax.Array
+  laws: Laws | None = None
+  stops: jax.Array | np.ndarray | None = None
 
 
 @jax.tree_util.register_dataclass

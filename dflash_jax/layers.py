@@ -3,7 +3,8 @@
 Modules say what parameters they own in `__init__` and are a formula in
 `__call__`; they hold no cache and no random state. The residual stream, norms
 and softmax are float32. Matmul operands take the dtype of the kernel, so one
-set of formulas serves float32, where "lossless" is defined, and bfloat16.
+set of formulas serves float32, where "lossless" is defined, and bfloat16. A
+kernel may also stand there in 8 bits, see fp8.py.
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dflash_jax.config import RotaryScaling
+from dflash_jax.fp8 import QuantizedKernel
 
 INIT_STDDEV = 0.02  # training.md 1.1: all DFlash matrices start at N(0, 0.02)
 
@@ -47,18 +49,25 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((width_out,))) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = matmul(x, self.kernel[...])
+    y = matmul(x, self.kernel.get_value())
     return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
   """x f[..., I] @ kernel f[I, O] -> f32[..., O].
 
   Operands take the kernel's dtype, forward and backward; sums are float32.
   Float32 asks for full float32 products: on GPUs the default would be TF32,
   whose rounding makes the 1-token and the K-token pass of a target disagree.
+  A kernel in 8 bits rounds x to 8 bits too, and has no gradient.
   """
+  if isinstance(kernel, QuantizedKernel):
+    return kernel.multiply(x)
+  return _multiply(x, kernel)
+
+
+@jax.custom_vjp
+def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return _dot(x.astype(kernel.dtype), kernel)
 
 
@@ -72,11 +81,11 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
   )
 
 
-def _matmul_forward(x, kernel):
-  return matmul(x, kernel), (x, kernel)
+def _multiply_forward(x, kernel):
+  return _multiply(x, kernel), (x, kernel)
 
 
-def _matmul_backward(saved, gradient):
+def _multiply_backward(saved, gradient):
   x, kernel = saved
   rows = x.astype(kernel.dtype).reshape(-1, x.shape[-1])
   gradient = gradient.astype(kernel.dtype)
@@ -85,7 +94,7 @@ def _matmul_backward(saved, gradient):
   return x_gradient, kernel_gradient.astype(kernel.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class SwiGLU(nnx.Module):

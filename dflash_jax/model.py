@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax import weights
+from dflash_jax import fp8, weights
 from dflash_jax.byte_tokenizer import byte_tokenizer
 from dflash_jax.config import (
   Config,
@@ -70,6 +70,14 @@ class Model:
     """Tokens that end a reply."""
     own = self.tokenizer.eos_ids if self.tokenizer else ()
     return tuple(sorted({*self.target.config.eos_ids, *own}))
+
+  @property
+  def drafter_bytes(self) -> int:
+    """Of the drafter's own weights, without tables that it borrows."""
+    tables = {id(self.params.borrowed.embedding), id(self.params.borrowed.head)}
+    leaves = jax.tree.leaves(self.params.drafter, is_leaf=fp8.is_kernel)
+    own = [leaf for leaf in leaves if id(leaf) not in tables]
+    return fp8.stored_bytes(own, self.config.target.dtype)
 
   def decoder(self, sampling: Sampling | None = None) -> Decoder:
     """The decode loop for this model, as the config's decode section asks.
@@ -209,16 +217,17 @@ def _load_drafter(
   if kind == "dflash":
     network, params, head_ids = weights.load_drafter(path, dtype)
     network.check_target(target.config)
-    return DFlash(network), params, head_ids
+    return DFlash(network), fp8.for_device(params), head_ids
   drafter: Eagle3 | LanguageModel
   if kind == "eagle3":
     eagle, params = weights.load_eagle3(path, dtype, target.config.num_layers)
     drafter = Eagle3(eagle, num_drafts)
   else:
-    model, params = weights.load_target(path, dtype)
+    model, params = weights.load_target(path, dtype, drafts=True)
     drafter = LanguageModel(model, num_drafts)
   drafter.check_target(target.config)
-  return drafter, drafter.bind(params, borrow(target_params, None)), None
+  params = drafter.bind(fp8.for_device(params), borrow(target_params, None))
+  return drafter, params, None
 
 
 def _draft_sampling(decode: DecodeConfig) -> Sampling:

@@ -91,12 +91,27 @@ def weigh(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _keep_nucleus(weights: jax.Array, share: float) -> jax.Array:
-  """Drops tokens whose likelier ones hold `share` of all weight already.
+  """Drops tokens whose likelier ones hold `share` of all weight already."""
+  needed = share * weights.sum(axis=-1, keepdims=True)
+  # The likeliest weighs 1, so all that weigh this much or less cannot hold what
+  # is not needed.
+  least = np.float32((1 - share) / weights.shape[-1] / 2)
+  return drop_outside(weights, needed, least)
+
+
+def drop_outside(
+  weights: jax.Array, needed: jax.Array, least: np.float32
+) -> jax.Array:
+  """Drops tokens whose likelier ones weigh needed f32[..., 1] or more.
 
   Found by bisection over the bits of a float, which order positive floats:
   some 20 sums over the vocabulary, where a sort costs a CPU many times as much.
+
+  Args:
+    weights: f32[..., V], at most 1.
+    needed: f32[..., 1].
+    least: a weight of which no likelier token is dropped.
   """
-  needed = share * weights.sum(axis=-1, keepdims=True)
 
   def halve(_, bounds):
     low, high = bounds  # mass above low: needed or more; above high: less
@@ -106,12 +121,9 @@ def _keep_nucleus(weights: jax.Array, share: float) -> jax.Array:
     enough = above < needed
     return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-  # The likeliest weighs 1, so all that weigh this much or less cannot hold what
-  # is not needed.
-  least = np.float32((1 - share) / weights.shape[-1] / 2).view(np.int32)
-  one = np.float32(1).view(np.int32)
-  steps = int(one - least).bit_length() - TIED_BITS
-  low, high = (jnp.full(needed.shape, bits) for bits in (least, one))
+  first, one = least.view(np.int32), np.float32(1).view(np.int32)
+  steps = int(one - first).bit_length() - TIED_BITS
+  low, high = (jnp.full(needed.shape, bits) for bits in (first, one))
   low, _ = jax.lax.fori_loop(0, steps, halve, (low, high))
   limit = jax.lax.bitcast_convert_type(low, jnp.float32)
   return jnp.where(weights > limit, weights, 0.0)
@@ -162,16 +174,27 @@ def _win(logits: jax.Array, times: jax.Array, sampling: Sampling) -> jax.Array:
 def _win_in_nucleus(
   logits: jax.Array, times: jax.Array, sampling: Sampling
 ) -> jax.Array:
-  """The same, without a search for the nucleus.
-
-  Whether one token is in it takes a single sum, so the race is run among all:
-  a winner from outside rules out what weighs no more, and it is run again. A
-  loop of unknown length, which a GPU's host would have to steer.
-  """
+  """The same, without a search for the nucleus."""
   everyone = dataclasses.replace(sampling, top_p=1.0, min_p=0.0)
   weights = weigh(logits, everyone)
   needed = sampling.top_p * weights.sum(axis=-1, keepdims=True)
   speed = jnp.where(weights < sampling.min_p, -1.0, weights / times)
+  return race_inside(weights, speed, needed)
+
+
+def race_inside(
+  weights: jax.Array, speed: jax.Array, needed: jax.Array
+) -> jax.Array:
+  """i32[...]: the fastest whose likelier ones weigh less than needed.
+
+  Whether one token is in the nucleus takes a single sum, so the race is run
+  among all: a winner from outside rules out what weighs no more, and it is run
+  again. A loop of unknown length, which a GPU's host would have to steer.
+
+  Args:
+    weights, speed: f32[..., V]; who is no faster than -1 does not run.
+    needed: f32[..., 1], weight of a nucleus.
+  """
 
   def race(carry):
     ruled_out, _, _ = carry

@@ -149,8 +149,16 @@ class Target:
       seen = ancestors(tree)
 
     def attend(layer, query, key, value):
-      past = (*cache.read(layer), cache.length)
-      return block_attention(query, key, value, *past, seen)
+      past = (*cache.read(layer), cache.own_length)
+      return block_attention(
+        query,
+        key,
+        value,
+        *past,
+        seen,
+        prefix=cache.read_trunk(layer),
+        member=cache.member,
+      )
 
     return self.run(params, tokens, positions, attend, cache.dtype, taps)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from dflash_jax import noise, rejection, tree
 from dflash_jax.config import ConfigError
+from dflash_jax.laws import Laws
 from dflash_jax.noise import Stream
 from dflash_jax.prediction import Prediction
 from dflash_jax.proposal import Drafting, Law, Moment, Proposal
@@ -101,7 +102,11 @@ class Verifier:
       raise ConfigError("rule='typical' takes chains only; set tree_nodes=0")
 
   def judge(
-    self, proposal: Proposal, prediction: Prediction, moment: Moment
+    self,
+    proposal: Proposal,
+    prediction: Prediction,
+    moment: Moment,
+    laws: Laws | None = None,
   ) -> Verdict:
     """Applies the rule.
 
@@ -109,11 +114,14 @@ class Verifier:
       proposal: P nodes per row.
       prediction: the target's, after the anchor and each of P nodes.
       moment: addresses of noise.
+      laws: the target's by row, instead of the rule's own; for certain drafts
+        and the coupled rule, which is greedy's where a row is greedy.
     """
     if self.rule == "typical":
       return self._accept_typical(proposal, prediction, moment)
     if proposal.law is None or not proposal.num_nodes:
-      return self._match(proposal, prediction, moment)
+      law = self.sampling if laws is None else laws
+      return self._match(proposal, prediction, moment, law)
     logits = prediction.logits()
     if proposal.tree is not None:
       return self._accept_siblings(
@@ -130,7 +138,11 @@ class Verifier:
     return weights / weights.sum(axis=-1, keepdims=True)
 
   def _match(
-    self, proposal: Proposal, prediction: Prediction, moment: Moment
+    self,
+    proposal: Proposal,
+    prediction: Prediction,
+    moment: Moment,
+    law: Sampling | Laws,
   ) -> Verdict:
     """Accepts drafts for as long as they equal what the target chooses.
 
@@ -141,12 +153,12 @@ class Verifier:
     after = jnp.arange(proposal.num_nodes + 1, dtype=jnp.int32)
     positions = moment.positions[:, None] + 1 + after
     if proposal.tree is None:
-      chosen = prediction.choose(self.sampling, moment.seeds, positions)
+      chosen = prediction.choose(law, moment.seeds, positions)
       return match_prefix(proposal, chosen)
     depth = min(self.max_depth, proposal.num_nodes)
     positions = positions[:, : depth + 1]
     depths = jnp.pad(proposal.tree.depths, ((0, 0), (1, 0)))
-    chosen = prediction.choose(self.sampling, moment.seeds, positions, depths)
+    chosen = prediction.choose(law, moment.seeds, positions, depths)
     path, accepted = tree.descend(proposal.tree, proposal.tokens, chosen, depth)
     tokens = jnp.take_along_axis(chosen, path, axis=1)
     return Verdict(tokens, accepted, path)

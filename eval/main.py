@@ -90,7 +90,9 @@ def _compare(config: Config) -> Judgement:
   model = load(config)
   comparisons = speed.decode_both_ways(model, prompts, config.eval)
   rule = model.decoder().rule
-  record = report.to_record(config, len(prompts), rule, comparisons)
+  record = report.to_record(
+    config, len(prompts), rule, comparisons, model.drafter_bytes
+  )
   return record, report.to_table(record), report.write_plot
 
 

@@ -19,6 +19,7 @@ from dflash_jax.config import Config, ConfigError
 from dflash_jax.verify import GUARANTEES
 from eval import acceptance, speed
 from eval.sweep import Result
+from pallas_kernels.devices import known_cache_bytes
 
 CONVENTIONS = {
   "tau": "tokens emitted per target pass after prefill, bonus token included",
@@ -32,6 +33,7 @@ CONVENTIONS = {
   "width": "drafted nodes verified per round, mean over the rounds of all "
   "replies",
   "guarantee": "; ".join(f"{key}: {text}" for key, text in GUARANTEES.items()),
+  "drafter_bytes": "own weights: 8-bit kernels, else config.target.dtype",
   "tokens_per_s": "median over replies, per request, first token excluded",
   "speedup": "median over replies of plain / speculative time per token",
 }
@@ -62,7 +64,11 @@ FIGURES = (
 
 
 def to_record(
-  config: Config, prompts: int, rule: str, comparisons: Sequence[Comparison]
+  config: Config,
+  prompts: int,
+  rule: str,
+  comparisons: Sequence[Comparison],
+  drafter_bytes: int = 0,
 ) -> dict[str, Any]:
   """Everything that a reader needs to trust or repeat the numbers.
 
@@ -71,10 +77,12 @@ def to_record(
     prompts: how many.
     rule: of verification.
     comparisons: one per reply.
+    drafter_bytes: of the drafter's weights; 0 for one without any.
   """
   return {
     "prompts": prompts,
     "rule": rule,
+    "drafter_bytes": drafter_bytes,
     **_measure(comparisons),
     **circumstances(config),
     "conventions": CONVENTIONS,
@@ -139,7 +147,10 @@ def to_table(record: dict[str, Any]) -> str:
     ("drafts verified per round", f"{record['width']:.2f}"),
     ("rule", record["rule"]),
     ("guarantee", GUARANTEES[record["guarantee"]]),
+    ("drafter's weights", f"{record['drafter_bytes'] / 2**20:.1f} MiB"),
   ]
+  if cache := record["machine"]["l2_bytes"]:
+    rows.append(("the device's L2 cache", f"{cache / 2**20:.1f} MiB"))
   lines = [f"{name:34}{value:>10}" for name, value in rows]
   lines.append(
     f"\n{'drafts':>8}{'rounds':>9}{'accepted >= i':>15}{'given i-1':>11}"
@@ -338,6 +349,7 @@ def _machine() -> dict[str, Any]:
     "cpu": _cpu_model(),
     "cores": os.cpu_count(),
     "device": device.device_kind,
+    "l2_bytes": known_cache_bytes(device.device_kind),
     "devices": jax.device_count(),
     "platform": device.platform,
   }

@@ -37,14 +37,23 @@ class Device:
     )
 
 
-def cache_bytes(kind: str) -> int:
-  """The L2 cache's size; of a device not in targets/, the largest known."""
+def cache_sizes() -> dict[str, int]:
+  """Bytes of the L2 cache, of every model of GPU in targets/."""
   sizes = {}
   for file in TARGETS.glob("*.txtpb"):
     text = file.read_text()
     model = re.findall(r'device_description_str: "NVIDIA (\w+)', text)[0]
     sizes[model] = int(re.findall(r"l2_cache_size: (\d+)", text)[0])
-  return next(
-    (size for model, size in sizes.items() if model in kind.split()),
-    max(sizes.values()),
-  )
+  return sizes
+
+
+def known_cache_bytes(kind: str) -> int | None:
+  """The L2 cache's size; None of a device that is not in targets/."""
+  words = kind.split()
+  sizes = [size for model, size in cache_sizes().items() if model in words]
+  return sizes[0] if sizes else None
+
+
+def cache_bytes(kind: str) -> int:
+  """The L2 cache's size; of a device not in targets/, the largest known."""
+  return known_cache_bytes(kind) or max(cache_sizes().values())

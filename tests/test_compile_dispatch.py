@@ -75,6 +75,7 @@ def test_every_fault_of_a_program_is_named():
   for change, message in [
     (dict(kernels={}), "no lm_head_verify kernel"),
     (dict(setting=Setting(rule="block"), kernels={}), "no block_verify"),
+    (dict(setting=Setting(fp8=True), kernels={}), "no fp8_matmul"),
     (dict(host=["send"]), "send needs the host"),
     (dict(loops=[8, 0]), "a loop of unknown length"),
     (dict(argument_bytes=8), "do not fit"),
@@ -93,4 +94,7 @@ def test_abstract_operands_are_the_models_own_sizes():
   assert count == 8_190_735_360
   drafter = sum(x.size for x in jax.tree.leaves(params.drafter))
   assert drafter == 1_048_626_432
+  _, params, _ = dispatch_of("qwen3_8b", Setting(fp8=True))
+  sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(params.drafter)]
+  assert 0.5 < sum(sizes) / (2 * drafter) < 0.501
   assert state.cache.dtype == jnp.bfloat16

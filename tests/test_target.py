@@ -1,5 +1,6 @@
 """The target against transformers, from golden files."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dflash_jax import weights
+from dflash_jax.cache import Trunk
 from dflash_jax.decode import Decoder
 from dflash_jax.decode_state import ModelParams
 from dflash_jax.drafters import NoDrafter
@@ -192,3 +194,36 @@ def test_a_pass_over_a_tree_equals_a_pass_over_each_of_its_chains(
       atol=1e-4,
     )
     np.testing.assert_allclose(states[:, row], own[:, last], atol=1e-4)
+
+
+def test_a_trunk_is_read_as_if_each_row_held_it(cache_case):
+  """Of two rows one leans on it; chains and the nodes of a tree."""
+  target, params, _ = cache_case
+  rng = np.random.default_rng(0)
+  text = jnp.asarray(rng.integers(0, target.config.vocab_size, (2, 12)))
+  cache = target.init_cache(2, 31)
+  _, _, rows = forward(target, params, text, cache, ())
+  cache = cache.extend(rows, jnp.array([12, 9]))
+  trunk = Trunk(
+    tuple(x[0, :, :8] for x in cache.keys),
+    tuple(x[0, :, :8] for x in cache.values),
+    jnp.int32(7),
+  )
+  member = jnp.array([True, False])
+  leaning = [
+    jax.tree.map(lambda x, row=row: x[row][None], cache).lean(trunk, leans)
+    for row, leans in enumerate(member)
+  ]
+  both = jax.tree.map(lambda *x: jnp.concatenate(x), *map(trunkless, leaning))
+  both = dataclasses.replace(both, trunk=trunk, member=member)
+  new = text[:, :5]
+  parents = jnp.array([[0, 0, 1, 3], [0, 1, 1, 0]])
+  tree = Tree(parents, jnp.array([[1, 1, 2, 3], [1, 2, 2, 1]]), parents)
+  for nodes in (None, tree):
+    want, _, _ = forward(target, params, new, cache, (), nodes)
+    found, _, _ = forward(target, params, new, both, (), nodes)
+    np.testing.assert_allclose(found, want, atol=1e-4, rtol=1e-4)
+
+
+def trunkless(cache):
+  return dataclasses.replace(cache, trunk=None, member=None)

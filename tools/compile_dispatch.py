@@ -30,6 +30,8 @@ from dflash_jax.networks import DrafterConfig, TargetConfig
 from dflash_jax.proposal import Drafting
 from dflash_jax.sampling import Sampling
 from dflash_jax.target import Target
+from dflash_jax.weights.drafter_names import drafter_table
+from dflash_jax.weights.quantization import quantize
 from pallas_kernels import ahead
 from pallas_kernels.devices import TARGETS as DESCRIPTIONS
 
@@ -62,7 +64,7 @@ TARGETS = {
 }
 TAPS = {"smollm2_135m": (1, 8, 14, 20, 27), "qwen3_8b": (1, 9, 17, 25, 33)}
 BLOCKS = {"smollm2_135m": (3, 8), "qwen3_8b": (5, 16)}  # layers, block size
-KERNELS = ("lm_head_verify", "block_attention", "block_verify")
+KERNELS = ("lm_head_verify", "block_attention", "block_verify", "fp8_matmul")
 HOST = ("infeed", "outfeed", "send", "recv", "copy-start", "conditional")
 
 
@@ -75,18 +77,20 @@ class Setting:
     rule: of verification; the block rule weighs drawn drafts.
     temperature: of target and drafter.
     tree_nodes: of a tree, or 0 for a chain.
+    fp8: whether the drafter's kernels are in 8 bits.
   """
 
   batch: int = 1
   rule: str = "greedy"
   temperature: float = 0.0
   tree_nodes: int = 0
+  fp8: bool = False
 
   @property
   def kernels(self) -> tuple[str, ...]:
     """What its dispatch must call."""
     decides = "block_verify" if self.rule == "block" else "lm_head_verify"
-    return "block_attention", decides
+    return "block_attention", decides, *(("fp8_matmul",) if self.fp8 else ())
 
 
 SETTINGS = (
@@ -94,6 +98,7 @@ SETTINGS = (
   Setting(4, "coupled", 1.0),
   Setting(1, "block", 1.0),
   Setting(tree_nodes=64),
+  Setting(fp8=True),
 )
 FEW = 1  # of them, for all GPUs but the first
 RESULT = "dispatch: "  # begins a line of a child's output
@@ -146,9 +151,15 @@ def dispatch_of(
   )
   key = jax.random.key(0)
   target_params = jax.eval_shape(lambda: target.init(key, "bfloat16"))
+
+  def init_drafter():
+    params = drafter.init(key, "bfloat16")
+    table = drafter_table(drafter.config)
+    return quantize(params, table) if setting.fp8 else params
+
   params = ModelParams(
     target=target_params,
-    drafter=jax.eval_shape(lambda: drafter.init(key, "bfloat16")),
+    drafter=jax.eval_shape(init_drafter),
     borrowed=Borrowed(
       embedding=target_params["embedding"],
       head=target_params["head"]["kernel"],
@@ -205,7 +216,7 @@ class Dispatch:
     calls = "+".join(str(self.kernels.get(name, 0)) for name in KERNELS)
     return (
       f"{self.model:13}{self.target:6}{setting.batch:6}{setting.rule:>9}"
-      f"{setting.tree_nodes:5}{calls:>9}{self.fusions:8}"
+      f"{setting.tree_nodes:5}{calls:>12}{self.fusions:8}"
       f"{','.join(map(str, self.loops)):>7}{self.argument_bytes / 1e9:9.2f} GB"
       f"{self.temporary_bytes / 1e6:9.0f} MB"
     )
@@ -323,7 +334,7 @@ def main(argv: list[str]) -> None:
     return
   sound = True
   print(
-    f"{'model':13}{'GPU':6}{'batch':>6}{'rule':>9}{'tree':>5}{'kernels':>9}"
+    f"{'model':13}{'GPU':6}{'batch':>6}{'rule':>9}{'tree':>5}{'kernels':>12}"
     f"{'fusions':>8}{'loops':>7}{'arguments':>12}{'temporary':>12}"
   )
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

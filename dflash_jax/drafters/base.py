@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
+from dflash_jax.cache import Pages
 from dflash_jax.proposal import Drafting, Moment, Proposal
 
 Params = dict[str, Any]
@@ -32,6 +33,10 @@ class Drafter(Protocol):
   """Static configuration with pure functions of (params, state, ...).
 
   A drafter is hashable, so it can be a static argument of a jitted function.
+
+  What it made of tokens start..start + T of a text depends on the text up to
+  there alone. So it can be cut out of one row, in pages, kept, and pasted into
+  another row whose text begins with the same tokens; see serving/pages.py.
   """
 
   @property
@@ -50,8 +55,15 @@ class Drafter(Protocol):
     with rules and widths would not be lossless; see decode.check_pairing.
     """
 
+  @property
+  def rereads(self) -> int:
+    """Pasted tokens, at the end, that a row has to absorb once more."""
+
   def init_state(self, batch: int, capacity: int, dtype: str) -> State:
-    """State before any token: `capacity` bounds the tokens of a row."""
+    """State before any token: `capacity` bounds the tokens of a row.
+
+    Its leaves begin with the batch axis.
+    """
 
   def absorb(
     self,
@@ -95,3 +107,25 @@ class Drafter(Protocol):
       remaining: i32[B], tokens the reply may still take; drafts past them are
         never used.
     """
+
+  def reopen(self, state: State, length: jax.Array) -> State:
+    """Rows as if they had just absorbed length i32[B] tokens.
+
+    What was made of them stands in the state or will be pasted, and of the
+    next `rereads` tokens too; all else is void.
+    """
+
+  def cut(
+    self, state: State, row: jax.Array, start: jax.Array, shape: Pages
+  ) -> State:
+    """What the state of row i32[] has of tokens from start i32[] on.
+
+    Returns:
+      A pytree whose leaves begin with an axis of shape.count pages, of
+      shape.size tokens each. `start` is a multiple of their product.
+    """
+
+  def paste(
+    self, state: State, row: jax.Array, start: jax.Array, pages: State
+  ) -> State:
+    """Writes what `cut` took, of the same tokens, into row i32[]."""

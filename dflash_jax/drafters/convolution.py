@@ -31,7 +31,7 @@ class DynamicConvolution(nnx.Module):
   def kernels(self, normed: jax.Array) -> jax.Array:
     """normed f32[B, K, D] -> f32[2, B, K, taps, D], of either side."""
     B, K, D = normed.shape
-    chosen = layers.matmul(normed, self.projection_kernel[...])
+    chosen = layers.matmul(normed, self.projection_kernel.get_value())
     chosen = chosen.reshape(B, K, SIDES, self.taps, self.groups)
     spread = jnp.repeat(chosen, D // self.groups, axis=-1)
     kernels = self.base[...].astype(jnp.float32) + spread

@@ -10,6 +10,7 @@ Source: DFlash, arXiv 2602.06036 sections 3-4, and its released model.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 
 from dflash_jax import layers
 from dflash_jax.autoregression import draft
-from dflash_jax.cache import KVCache, Rows
+from dflash_jax.cache import KVCache, Pages, Rows
 from dflash_jax.config import DrafterConfig
 from dflash_jax.drafters.backbone import Attention, Network, definition
 from dflash_jax.drafters.base import Borrowed, Params
@@ -40,6 +41,8 @@ class DFlash:
   """The DFlash drafter's formulas, bound to one architecture."""
 
   config: DrafterConfig
+
+  rereads: ClassVar[int] = 0
 
   @property
   def taps(self) -> tuple[int, ...]:
@@ -110,6 +113,22 @@ class DFlash:
     ]
     keys, values = zip(*rows, strict=True)
     return state.extend(Rows(keys, values), count)
+
+  def reopen(self, state: KVCache, length: jax.Array) -> KVCache:
+    """Rows that hold length i32[B] tokens."""
+    return state.reopen(length)
+
+  def cut(
+    self, state: KVCache, row: jax.Array, start: jax.Array, shape: Pages
+  ) -> Rows:
+    """Keys and values of a row's context features, in pages."""
+    return state.cut(row, start, shape)
+
+  def paste(
+    self, state: KVCache, row: jax.Array, start: jax.Array, pages: Rows
+  ) -> KVCache:
+    """Writes them into a row."""
+    return state.paste(row, start, pages)
 
   def propose(
     self,

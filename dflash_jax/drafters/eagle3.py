@@ -18,7 +18,7 @@ from flax import nnx
 
 from dflash_jax import layers
 from dflash_jax.autoregression import draft
-from dflash_jax.cache import KVCache, Rows
+from dflash_jax.cache import KVCache, Pages, Rows
 from dflash_jax.drafters.base import Borrowed, Params
 from dflash_jax.drafters.eagle3_network import Network, definition
 from dflash_jax.drafters.nodes import Nodes, attend_chains, gather
@@ -62,6 +62,7 @@ class Eagle3:
   max_drafts: int
 
   reads_drafts: ClassVar[bool] = True
+  rereads: ClassVar[int] = 1
 
   @property
   def taps(self) -> tuple[int, ...]:
@@ -171,6 +172,33 @@ class Eagle3:
       waiting=gather(states, count[:, None])[:, 0],
       begun=state.begun | (count > 0),
     )
+
+  def reopen(self, state: Eagle3State, length: jax.Array) -> Eagle3State:
+    """Rows that hold length i32[B] tokens and the pair after them.
+
+    No state waits, as if the next token were a row's first: the pair that it
+    would make is the one that is there.
+    """
+    begun = jnp.zeros_like(state.begun)
+    return Eagle3State(state.cache.reopen(length), state.waiting, begun)
+
+  def cut(
+    self, state: Eagle3State, row: jax.Array, start: jax.Array, shape: Pages
+  ) -> Rows:
+    """The pairs that end in a row's tokens, in pages.
+
+    Token i ends pair i - 1; the row's first token ends none.
+    """
+    rows = state.cache.cut(row, jnp.maximum(start - 1, 0), shape)
+    return rows.roll(jnp.where(start == 0, 1, 0))
+
+  def paste(
+    self, state: Eagle3State, row: jax.Array, start: jax.Array, pages: Rows
+  ) -> Eagle3State:
+    """Writes them into a row; behind the first pages, one void pair more."""
+    rows = pages.roll(jnp.where(start == 0, -1, 0))
+    cache = state.cache.paste(row, jnp.maximum(start - 1, 0), rows)
+    return dataclasses.replace(state, cache=cache)
 
   def propose(
     self,

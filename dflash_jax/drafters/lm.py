@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dflash_jax.autoregression import draft
-from dflash_jax.cache import KVCache
+from dflash_jax.cache import KVCache, Pages, Rows
 from dflash_jax.config import ConfigError, TargetConfig
 from dflash_jax.drafters.base import Borrowed, Params
 from dflash_jax.drafters.nodes import Nodes
@@ -39,6 +39,7 @@ class LanguageModel:
 
   taps: ClassVar[tuple[int, ...]] = ()
   reads_drafts: ClassVar[bool] = True
+  rereads: ClassVar[int] = 0
 
   @property
   def network(self) -> Target:
@@ -128,6 +129,22 @@ class LanguageModel:
     del taps
     _, _, rows = self.network.forward(params, tokens, state)
     return state.extend(rows, count)
+
+  def reopen(self, state: KVCache, length: jax.Array) -> KVCache:
+    """Rows that hold length i32[B] tokens."""
+    return state.reopen(length)
+
+  def cut(
+    self, state: KVCache, row: jax.Array, start: jax.Array, shape: Pages
+  ) -> Rows:
+    """Keys and values of a row's tokens, in pages."""
+    return state.cut(row, start, shape)
+
+  def paste(
+    self, state: KVCache, row: jax.Array, start: jax.Array, pages: Rows
+  ) -> KVCache:
+    """Writes them into a row."""
+    return state.paste(row, start, pages)
 
   def propose(
     self,

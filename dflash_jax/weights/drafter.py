@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from dflash_jax.config import DrafterConfig
-from dflash_jax.weights import huggingface, names, safetensors_file
+from dflash_jax.fp8 import Fp8Kernel
+from dflash_jax.weights import (
+  huggingface,
+  names,
+  quantization,
+  safetensors_file,
+)
 from dflash_jax.weights.drafter_config import drafter_fields, read_config
 from dflash_jax.weights.drafter_names import EXTRAS, drafter_table, publish
 from dflash_jax.weights.model_directory import VOCABULARY_FILE, write_model
@@ -89,7 +95,7 @@ def load_drafter(
 
   Args:
     source: a directory in the published layout, or "owner/name" on the hub.
-    dtype: of the parameters, float32 or bfloat16.
+    dtype: of the parameters, float32 or bfloat16; kernels in 8 bits stay so.
 
   Returns:
     The config, the parameters, and the sorted token ids i32[V'] that the
@@ -102,18 +108,21 @@ def load_drafter(
   directory = huggingface.find_directory(source)
   tensors = _read_tensors(directory)
   config = read_config(directory, tensors)
+  table = drafter_table(config)
+  stored = quantization.Weights.read(
+    tensors, huggingface.read_config_fields(directory), table
+  )
   names.check_tensors(
-    safetensors_file.shapes(tensors),
-    drafter_table(config),
-    source=str(directory),
-    extras=EXTRAS,
+    stored.shapes(), table, source=str(directory), extras=EXTRAS
   )
   ids = _read_vocabulary(directory, config.vocab_size)
   table = drafter_table(config, None if ids is None else ids.size)
 
-  def fetch(name: str) -> np.ndarray:
-    stored = safetensors_file.weight(tensors, name)
-    return stored if stored.shape == table[name].shape else stored[ids]
+  def fetch(name: str) -> np.ndarray | Fp8Kernel:
+    found = stored.fetch(name)
+    if isinstance(found, Fp8Kernel) or found.shape == table[name].shape:
+      return found
+    return found[ids]
 
   return config, names.build_tree(table, fetch, dtype), ids
 
@@ -133,10 +142,10 @@ def save_drafter(
     directory: where; an earlier drafter there is replaced, but a directory
       with other files is refused.
     config: the drafter.
-    params: its parameters, in any float dtype.
+    params: its parameters, in any float dtype, kernels also in 8 bits.
     draft_vocabulary: i32[V'], sorted ids that its head keeps; None for all.
       What `params` lack of other tokens is zero in the file.
-    dtype: on disk, "bfloat16" or "float32".
+    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits.
     extra: JSON values to keep in config.json, see write_model.
 
   Raises:
@@ -155,9 +164,10 @@ def save_drafter(
     disk_dtype,
     source="params to save",
   )
-  for name, tensor in tensors.items():
-    if tensor.shape != table[name].shape:
-      tensors[name] = np.zeros(table[name].shape, disk_dtype)
+  for name, row in table.items():
+    if (tensor := tensors[name]).shape != row.shape:
+      tensors[name] = np.zeros(row.shape, disk_dtype)
       tensors[name][ids] = tensor
   fields = drafter_fields(config, disk_dtype.name)
+  fields |= quantization.describe(table, tensors)
   write_model(directory, fields, tensors, extra, ids)

@@ -18,7 +18,12 @@ import numpy as np
 from dflash_jax.config import ConfigError
 from dflash_jax.features import choose_eagle3_taps
 from dflash_jax.networks import Eagle3Config
-from dflash_jax.weights import huggingface, names, safetensors_file
+from dflash_jax.weights import (
+  huggingface,
+  names,
+  quantization,
+  safetensors_file,
+)
 from dflash_jax.weights.drafter_config import scaling_fields
 from dflash_jax.weights.fields import Fields
 from dflash_jax.weights.model_directory import write_model
@@ -208,7 +213,7 @@ def load_eagle3(
 
   Args:
     source: a directory in either published layout, or "owner/name" on the hub.
-    dtype: of the parameters, float32 or bfloat16.
+    dtype: of the parameters, float32 or bfloat16; kernels in 8 bits stay so.
     num_target_layers: depth of the target, which tells the taps where
       config.json names none.
 
@@ -220,15 +225,13 @@ def load_eagle3(
   tensors = {_publish(name): tensor for name, tensor in stored.items()}
   config = _read_config(directory, tensors, num_target_layers)
   table = eagle3_table(config)
+  known = quantization.Weights.read(
+    tensors, huggingface.read_config_fields(directory), table
+  )
   names.check_tensors(
-    safetensors_file.shapes(tensors),
-    table,
-    source=str(directory),
-    extras=_EXTRAS,
+    known.shapes(), table, source=str(directory), extras=_EXTRAS
   )
-  params = names.build_tree(
-    table, lambda name: safetensors_file.weight(tensors, name), dtype
-  )
+  params = names.build_tree(table, known.fetch, dtype)
   ids = _read_head_ids(tensors, config, str(directory))
   if ids is not None:
     params["head_ids"] = jnp.asarray(ids)
@@ -280,8 +283,9 @@ def save_eagle3(
     directory: where; an earlier drafter there is replaced, but a directory
       with other files is refused.
     config: the drafter.
-    params: its parameters; a borrowed embedding among them is left out.
-    dtype: on disk, "bfloat16" or "float32".
+    params: its parameters, kernels also in 8 bits; a borrowed embedding among
+      them is left out.
+    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits.
     extra: JSON values to keep in config.json, see write_model.
 
   Raises:
@@ -301,4 +305,5 @@ def save_eagle3(
   tensors["d2t"] = ids - rows
   tensors["t2d"] = np.isin(np.arange(config.vocab_size), ids)
   fields = eagle3_fields(config, disk_dtype.name)
+  fields |= quantization.describe(table, tensors)
   write_model(directory, fields, tensors, extra)

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from dflash_jax.config import ConfigError, RotaryScaling, TargetConfig
-from dflash_jax.weights import names, safetensors_file
+from dflash_jax.weights import names, quantization, safetensors_file
 from dflash_jax.weights.fields import MOST_LAYERS, Fields, read_json
 from dflash_jax.weights.names import WeightsError
 
@@ -145,12 +145,6 @@ def refuse_options(fields: Fields) -> None:
   for key in ("attention_bias", "mlp_bias"):
     if has_option and fields.flag(key, False):
       raise fields.refuse(key, True, _ANOTHER_MODEL)
-  if fields.raw("quantization_config") is not None:
-    raise fields.refuse(
-      "quantization_config",
-      fields.raw("quantization_config"),
-      "take the unquantised checkpoint, or a GGUF file",
-    )
 
 
 def read_head_width(fields: Fields, default: int = 0) -> int:
@@ -184,8 +178,16 @@ def read_eos_ids(directory: pathlib.Path) -> tuple[int, ...]:
   return tuple(dict.fromkeys(ids))
 
 
-def read_target_config(directory: str | os.PathLike[str]) -> TargetConfig:
+def read_target_config(
+  directory: str | os.PathLike[str], drafts: bool = False
+) -> TargetConfig:
   """The network that a directory's config.json describes.
+
+  Args:
+    directory: in Hugging Face layout.
+    drafts: whether it will draft; only then may it be in 8 bits. A target
+      rounded so would answer a pass of one token and one of many differently,
+      where they now agree but for the last bit, and nothing would be lossless.
 
   Raises:
     WeightsError: no sound config.json, another kind of model, or an option
@@ -199,6 +201,13 @@ def read_target_config(directory: str | os.PathLike[str]) -> TargetConfig:
       "model_type", family, f"supported: {', '.join(_FAMILIES)}"
     )
   refuse_options(fields)
+  stated = fields.raw(quantization.CONFIG)
+  if stated is not None and not drafts:
+    raise fields.refuse(
+      quantization.CONFIG,
+      stated,
+      "take the unquantised checkpoint, or a GGUF file",
+    )
   heads = fields.integer("num_attention_heads")
   max_length = fields.integer("max_position_embeddings")
   if family != "llama":
@@ -250,32 +259,33 @@ def _drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
 
 
 def load_target(
-  source: str | os.PathLike[str], dtype: Any = "float32"
+  source: str | os.PathLike[str],
+  dtype: Any = "float32",
+  drafts: bool = False,
 ) -> tuple[TargetConfig, names.Params]:
   """A target from a directory or the hub, converted tensor by tensor.
 
   Args:
     source: a directory in Hugging Face layout, or "owner/name" on the hub.
-    dtype: of the parameters, float32 or bfloat16.
+    dtype: of the parameters, float32 or bfloat16; kernels in 8 bits stay so.
+    drafts: see `read_target_config`.
 
   Raises:
     WeightsError: nothing usable is there; says what and what to do.
   """
   directory = find_directory(source)
-  config = read_target_config(directory)
+  config = read_target_config(directory, drafts)
   tensors = safetensors_file.read_checkpoint(directory)
   if config.tied_head:
     _drop_tied_copy(tensors)
   table = names.target_table(config)
+  stored = quantization.Weights.read(
+    tensors, read_config_fields(directory), table
+  )
   names.check_tensors(
-    safetensors_file.shapes(tensors),
-    table,
-    source=str(directory),
-    extras=names.TARGET_EXTRAS,
+    stored.shapes(), table, source=str(directory), extras=names.TARGET_EXTRAS
   )
-  params = names.build_tree(
-    table, lambda name: safetensors_file.weight(tensors, name), dtype
-  )
+  params = names.build_tree(table, stored.fetch, dtype)
   if config.tied_head:
     names.tie_head(params)
   return config, params

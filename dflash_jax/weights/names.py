@@ -17,8 +17,9 @@ Parameter trees are plain nested dicts; layers are keyed by integers:
                     "down": {"kernel": [F, D]}}}
 
 Biases are Qwen2's, query_norm and key_norm Qwen3's and the drafter's. Kernels
-are [in, out], the transpose of what files store. Parts of a drafter are in
-drafter_names.py; a layer's convolutions lie beside its attention and mlp.
+are [in, out], the transpose of what files store; one in 8 bits is an Fp8Kernel
+and lies as files have it. Parts of a drafter are in drafter_names.py; a layer's
+convolutions lie beside its attention and mlp.
 """
 
 import dataclasses
@@ -31,6 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dflash_jax.config import DrafterConfig, TargetConfig
+from dflash_jax.fp8 import Fp8Kernel
+
+FP8 = np.dtype(jnp.float8_e4m3fn)
+SCALE = "_scale"  # behind the name of a kernel in 8 bits
 
 Params = dict[Any, Any]
 Path = tuple[str | int, ...]
@@ -227,13 +232,14 @@ def place(stored: np.ndarray, transpose: bool, dtype: Any) -> jax.Array:
 
 
 def build_tree(
-  table: Table, fetch: Callable[[str], np.ndarray], dtype: Any
+  table: Table, fetch: Callable[[str], np.ndarray | Fp8Kernel], dtype: Any
 ) -> Params:
   """The tree of a checkpoint, converted one tensor at a time.
 
   Args:
     table: what to build.
-    fetch: gives a stored tensor, in its stored shape, by name.
+    fetch: gives a stored tensor, in its stored shape, by name; or a kernel in 8
+      bits, which stays as it is.
     dtype: of the parameters.
   """
   dtype = parameter_dtype(dtype)
@@ -243,7 +249,11 @@ def build_tree(
     node = tree
     for key in parents:
       node = node.setdefault(key, {})
-    node[last] = place(fetch(name), row.transpose, dtype)
+    stored = fetch(name)
+    if not isinstance(stored, Fp8Kernel):
+      node[last] = place(stored, row.transpose, dtype)
+    else:
+      node[last] = stored
   return tree
 
 
@@ -266,6 +276,8 @@ def stored_tensors(
 ) -> dict[str, np.ndarray]:
   """The inverse of `build_tree`: named tensors as a file stores them.
 
+  A kernel in 8 bits makes two, its scale as f32[F, 1] behind it.
+
   Raises:
     WeightsError: the tree lacks a parameter of the table, has another one,
       or one of another shape.
@@ -279,11 +291,13 @@ def stored_tensors(
     transpose = path in names and table[name].transpose
     found[name] = shape[::-1] if transpose else shape
   check_tensors(found, table, source=source)
-  return {
-    name: np.array(
-      leaves[row.path].T if row.transpose else leaves[row.path],
-      dtype=dtype,
-      order="C",
-    )
-    for name, row in table.items()
-  }
+  tensors: dict[str, np.ndarray] = {}
+  for name, row in table.items():
+    leaf = leaves[row.path]
+    if isinstance(leaf, Fp8Kernel):
+      tensors[name] = np.array(leaf.values, dtype=FP8, order="C")
+      tensors[name + SCALE] = np.array(leaf.scale, dtype=np.float32)[:, None]
+    else:
+      stored = leaf.T if row.transpose else leaf
+      tensors[name] = np.array(stored, dtype=dtype, order="C")
+  return tensors

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from dflash_jax.config import TargetConfig
-from dflash_jax.weights import names
+from dflash_jax.weights import names, quantization
 from dflash_jax.weights.drafter_config import scaling_fields
 from dflash_jax.weights.model_directory import write_model
 from dflash_jax.weights.names import WeightsError
@@ -61,8 +61,8 @@ def save_target(
       other files is refused.
     config: the network.
     params: its parameters, embedding and head included; a tied head, being the
-      embedding, is not stored.
-    dtype: on disk, "bfloat16" or "float32".
+      embedding, is not stored. Kernels may be in 8 bits, for a drafter.
+    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits.
     extra: JSON values to keep in config.json, see write_model.
 
   Raises:
@@ -72,7 +72,9 @@ def save_target(
   fields = target_fields(config, disk_dtype.name)
   if config.tied_head:
     params = {name: x for name, x in params.items() if name != "head"}
+  table = names.target_table(config)
   tensors = names.stored_tensors(
-    names.target_table(config), params, disk_dtype, source="params to save"
+    table, params, disk_dtype, source="params to save"
   )
+  fields |= quantization.describe(table, tensors)
   write_model(directory, fields, tensors, extra)

@@ -41,6 +41,7 @@ def block_attention(
   ancestors: jax.Array | None = None,
   *,
   prefix: Prefix | None = None,
+  member: jax.Array | None = None,
   window: int | None = None,
   scale: float | None = None,
   implementation: str | None = None,
@@ -62,6 +63,8 @@ def block_attention(
       itself. None for a chain: row i sees keys j <= i.
     prefix: keys f[G, S0, H], values f[G, S0, H] and length i32[] of what all
       sequences begin with, before their caches. It is read once for all.
+    member: bool[B], the sequences that begin with the prefix; None for all. Of
+      others, positions begin with their caches.
     window: each row sees this many last positions, its own included; positions
       are prefix length + length + i, so a tree has no window. Where there are
       `ancestors`, they alone say which new keys a row sees.
@@ -76,16 +79,21 @@ def block_attention(
     NotImplementedError: an implementation that cannot run here, or not on them.
   """
   arrays = (query, key, value, past_key, past_value, length, ancestors)
-  _check(*arrays, prefix, window, scale)
+  _check(*arrays, prefix, member, window, scale)
   limit = _kernel_limit(key, past_key, prefix)
   chosen, _ = dispatch.choose(NAME, implementation, limit)
   if chosen == "xla":
     return reference.block_attention(
-      *arrays, prefix=prefix, window=window, scale=scale
+      *arrays, prefix=prefix, member=member, window=window, scale=scale
     )
   with jax.named_scope(NAME):
     return run_kernel(
-      chosen, *arrays, prefix=prefix, window=window, scale=scale
+      chosen,
+      *arrays,
+      prefix=prefix,
+      member=member,
+      window=window,
+      scale=scale,
     )
 
 
@@ -102,6 +110,7 @@ def run_kernel(
   prefix: Prefix | None,
   window: int | None,
   scale: float | None,
+  member: jax.Array | None = None,
   config: Config | None = None,
   interpret: object = None,
 ) -> jax.Array:
@@ -134,7 +143,10 @@ def run_kernel(
     folded = partials.fold_batch(rows, B)
     shared = prefix_key, prefix_value
     part = attend(folded, shared, prefix_length, oldest, None)
-    parts.insert(0, partials.unfold_batch(part, B))
+    part = partials.unfold_batch(part, B)
+    if member is not None:
+      part = partials.drop(part, ~jnp.repeat(member, G))
+    parts.insert(0, part)
   return partials.unpack(partials.merge(parts), B, P)
 
 
@@ -232,6 +244,7 @@ def _check(
   length,
   ancestors,
   prefix,
+  member,
   window,
   scale,
 ) -> None:
@@ -272,6 +285,12 @@ def _check(
     wanted[names[2]] = (shared[names[2]], ())
     whole["prefix length"] = shared.pop("prefix length")
     floats |= shared
+  if member is not None:
+    if prefix is None:
+      refuse("member says who begins with a prefix, and there is none")
+    wanted["member"] = (member, (B,))
+    if member.dtype != jnp.bool_:
+      refuse(f"member is {member.dtype}; use bool")
   for name, (array, shape) in wanted.items():
     if array.shape != shape:
       refuse(f"{name} has shape {array.shape}; query and past_key ask {shape}")

@@ -37,6 +37,12 @@ def merge(parts: list[Partial]) -> jax.Array:
   return out / total[..., None]
 
 
+def drop(part: Partial, void: jax.Array) -> Partial:
+  """A part that void bool[X] of its heads f[C, X, ...] have no keys in."""
+  nothing = jnp.where(void[:, None], LOWEST, part.total)
+  return Partial(part.out, nothing)
+
+
 def _add_up(terms: jax.Array) -> jax.Array:
   """The sum over the first axis, in an order that no other axis can change.
 

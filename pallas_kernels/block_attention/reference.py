@@ -22,6 +22,7 @@ def block_attention(
   ancestors: jax.Array | None,
   *,
   prefix: Prefix | None,
+  member: jax.Array | None = None,
   window: int | None,
   scale: float | None,
 ) -> jax.Array:
@@ -40,6 +41,8 @@ def block_attention(
     if oldest is not None:
       oldest = prefix_length + oldest
     mask = _visible(prefix_key, jnp.reshape(prefix_length, (1,)), oldest)
+    if member is not None:
+      mask = mask & member[:, None, None]
     parts.insert(0, (prefix_key, prefix_value, mask))
 
   def score(part_key, mask):

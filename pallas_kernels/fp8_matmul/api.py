@@ -52,7 +52,8 @@ def fp8_matmul(
   chosen, device = dispatch.choose(NAME, implementation, _kernel_limit(weight))
   if chosen == "xla":
     return reference.fp8_matmul(x, weight, scale)
-  return run_kernel(chosen, device, x, weight, scale)
+  with jax.named_scope(NAME):
+    return run_kernel(chosen, device, x, weight, scale)
 
 
 def run_kernel(

@@ -14,6 +14,7 @@ from eval import report, sweep
 KEYS = (
   "prompts",
   "rule",
+  "drafter_bytes",
   "guarantee",
   "width",
   "tau_per_request",
@@ -114,6 +115,15 @@ def test_table_shows_the_main_numbers(record):
   for text in ("1.750", "1.800", "6.7", "10.0", "1.50x", "100.0%", "60.0%"):
     assert text in table
   assert "the tokens of plain decoding with the same seed" in table
+
+
+def test_the_drafters_weights_stand_beside_the_cache_of_a_known_gpu(record):
+  assert "L2" not in report.to_table(record)
+  machine = record["machine"] | {"l2_bytes": 50 * 2**20}
+  table = report.to_table(
+    record | {"drafter_bytes": 3 * 2**19, "machine": machine}
+  )
+  assert "1.5 MiB" in table and "50.0 MiB" in table
 
 
 def test_mean_width_is_over_rounds_not_replies(record):

@@ -30,6 +30,7 @@ def block_attention(
   block: bool = False,
   window: int | None = None,
   prefix: tuple[int, int] | None = None,
+  member: list[int] | None = None,
   split_tiles: int = 2,
   stages: int = 2,
   rising: bool = False,
@@ -44,7 +45,7 @@ def block_attention(
     heads, kv_heads, head_width: N, G, H.
     tree: a random one, or a chain.
     block: a drafter's, whose rows see later ones too, and some see none.
-    window, prefix: of the operation; slots and length of a prefix.
+    window, prefix, member: of the operation; slots and length of a prefix.
     split_tiles, stages: of the configuration.
     rising: later keys outweigh earlier ones by far.
     steep: scores are multiples of 4, and scaled by a number that rounds.
@@ -72,6 +73,8 @@ def block_attention(
     key, past[0] = key * 4, past[0] * 4
   scale = SCALE * 3 / 4 if steep else SCALE
   keywords = dict(prefix=common, window=window, scale=scale)
+  if member is not None:
+    keywords["member"] = jnp.array(member, bool)
   more = (
     jnp.array(lengths, jnp.int32),
     random_ancestors(rng, B, tokens) if tree else None,

@@ -21,6 +21,7 @@ SHAPES = (
   dict(tokens=67, slots=136, lengths=[130], window=3, steep=True),
   dict(tokens=2, slots=72, lengths=[5, 71], heads=2, prefix=(200, 131)),
   dict(tokens=3, slots=72, lengths=[9, 64], prefix=(136, 136), window=75),
+  dict(tokens=2, slots=8, lengths=[5, 8], prefix=(72, 70), member=[0, 1]),
   dict(tokens=11, slots=328, lengths=[327], split_tiles=6, rising=True),
   dict(tokens=7, slots=200, lengths=[199], heads=9, kv_heads=3, default=True),
   dict(tokens=7, slots=200, lengths=[0, 131], heads=2, block=True),
@@ -37,6 +38,7 @@ WINDOW = dict(tokens=5, slots=328, lengths=[300], window=105)
 BLIND = dict(tokens=67, slots=8, lengths=[8], window=3, steep=True)
 BATCH = dict(tokens=1, slots=72, lengths=[70, 9])
 PREFIX = dict(tokens=2, slots=8, lengths=[5, 8], prefix=(72, 70))
+MEMBER = PREFIX | dict(heads=2, kv_heads=2, member=[0, 1])
 
 
 def jobs(architecture, shapes):
@@ -162,6 +164,20 @@ SHARED = (
     "x = x.reshape(C, rows // batch, batch, G, *x.shape[3:]).swapaxes(1, 3)"
     ".swapaxes(1, 2)",
     PREFIX,
+  ),
+  (
+    "who is no member has the prefix",
+    "partials.py",
+    "jnp.where(void[:, None], LOWEST, part.total)",
+    "part.total",
+    MEMBER,
+  ),
+  (
+    "members are told by head",
+    "api.py",
+    "~jnp.repeat(member, G)",
+    "~jnp.tile(member, G)",
+    MEMBER,
   ),
 )
 

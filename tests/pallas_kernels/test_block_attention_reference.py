@@ -78,6 +78,21 @@ def test_the_reference_is_the_definition(length, window, scale):
   np.testing.assert_allclose(found, want, 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3, 8])
+def test_who_is_no_member_has_no_prefix(window):
+  arrays = operands()
+  prefix = shared_prefix()
+  with_it = by_hand(*arrays, prefix=prefix, window=window)
+  without = by_hand(*arrays, window=window)
+  for member in ([True, False], [False, True], [True, True]):
+    member = np.array(member)
+    found = block_attention(
+      *arrays, prefix=prefix, member=member, window=window
+    )
+    want = np.where(member[:, None, None, None], with_it, without)
+    np.testing.assert_allclose(found, want, 1e-5, 1e-5)
+
+
 def unpacked(ancestors):
   words = np.asarray(ancestors)[..., None] >> np.arange(32, dtype=np.uint32)
   bits = (words & 1).astype(bool).reshape(*words.shape[:2], -1)
@@ -180,6 +195,9 @@ def given(**changed):
     (dict(prefix=shared_prefix(kv_heads=1)), "prefix key has shape"),
     (dict(prefix=(*shared_prefix()[:2], np.zeros(2, np.int32))), "length has"),
     (dict(prefix=(*shared_prefix()[:2], 1.0)), "prefix length is float"),
+    (dict(member=np.ones(2, bool)), "and there is none"),
+    (dict(prefix=shared_prefix(), member=np.ones(2, int)), "member is int64"),
+    (dict(prefix=shared_prefix(), member=np.ones(3, bool)), "member has shape"),
     (dict(implementation="fast"), "'fast' is unknown"),
   ],
 )

@@ -120,3 +120,10 @@ def test_device_by_its_capability(monkeypatch, capability, architecture):
 )
 def test_cache_of_a_device(kind, mebibytes):
   assert devices.cache_bytes(kind) == mebibytes * 2**20
+
+
+def test_no_cache_is_claimed_for_a_gpu_that_nobody_described():
+  assert devices.known_cache_bytes("NVIDIA H200") is None
+  assert devices.known_cache_bytes("cpu") is None
+  largest = max(devices.cache_sizes().values())
+  assert devices.cache_bytes("NVIDIA H200") == largest

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from configs.tiny import get_config
-from dflash_jax import weights
+from dflash_jax import fp8, weights
 from dflash_jax.config import Config, ConfigError, to_json
 from dflash_jax.config_json import from_json
 from dflash_jax.decode import Decoder
 from dflash_jax.decode_state import ModelParams
+from dflash_jax.drafters import DFlash
 from dflash_jax.model import borrow
 from dflash_jax.proposal import Drafting
 from dflash_jax.session import Session
@@ -96,6 +97,22 @@ def test_an_exported_drafter_decodes_as_the_one_in_memory(
   assert decode(setup, type(drafter)(network), params, ids) == expected
   accepted = np.sum([counts for _, counts in expected], axis=0)
   assert accepted[1:].sum() > 5  # it does draft
+
+
+def test_an_exported_drafter_in_8_bits_drafts_as_well(
+  workdir, setup, head_ids, tmp_path
+):
+  found = {}
+  for quantize in ("", "fp8"):
+    place = tmp_path / f"drafter{quantize}"
+    export(str(workdir), str(place), dtype="float32", quantize=quantize)
+    network, params, ids = weights.load_drafter(place)
+    replies = decode(setup, DFlash(network), fp8.for_device(params), ids)
+    accepted = np.sum([counts for _, counts in replies], axis=0)
+    tau = 1 + accepted @ np.arange(len(accepted)) / accepted.sum()
+    found[quantize] = [tokens for tokens, _ in replies], tau
+  assert found["fp8"][0] == found[""][0]
+  assert found["fp8"][1] > 0.9 * found[""][1]
 
 
 def test_the_report_counts_parameters_and_bytes(workdir, tmp_path, setup):

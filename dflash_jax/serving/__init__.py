@@ -1,0 +1,1 @@
+"""What the engine is made of: requests, shared prefixes, lanes of rows."""
