@@ -329,6 +329,46 @@ class AblationConfig:
 
 
 @dataclasses.dataclass
+class AgentsConfig:
+  """Chains of dependent requests, and how eval.agents measures them.
+
+  Attributes:
+    calls: of all workflows, a line each, "WORKFLOW/CALL after CALL: TEXT"; see
+      eval/workflows.py.
+    workflows: those that are measured; none for all.
+    modes: ways to serve them, "plain", "plain+shared", "speculative" and
+      "speculative+shared"; others are compared with the first.
+    concurrency: chains in flight, a measurement each.
+    chains: of a measurement, at least; whole waves are run, see
+      closed_loop.plan_waves.
+    system: text file of the system prompt of all conversations; "" for none.
+    tasks: JSONL files; a prompt's first turn is a chain's task.
+    max_new_tokens: of a reply, unless its call says otherwise.
+    rows: sizes of batches. prefix_bytes: for shared prefixes. memory_bytes: for
+      both; 0 is no limit. All as in EngineConfig.
+    seed: of what is sampled.
+  """
+
+  calls: tuple[str, ...] = ()
+  workflows: tuple[str, ...] = ()
+  modes: tuple[str, ...] = (
+    "plain",
+    "plain+shared",
+    "speculative",
+    "speculative+shared",
+  )
+  concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+  chains: int = 8
+  system: str = ""
+  tasks: tuple[str, ...] = ()
+  max_new_tokens: int = 48
+  rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+  prefix_bytes: int = 2**30
+  memory_bytes: int = 0
+  seed: int = 0
+
+
+@dataclasses.dataclass
 class Config:
   """One run: the target, its drafter, and each job's settings."""
 
@@ -342,6 +382,7 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   ablation: AblationConfig = dataclasses.field(default_factory=AblationConfig)
+  agents: AgentsConfig = dataclasses.field(default_factory=AgentsConfig)
 
 
 def to_json(config: Any) -> str:

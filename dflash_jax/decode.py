@@ -362,7 +362,7 @@ class Decoder:
     """i32[B, T], 1 where one of tokens i32[B, T] ends a reply."""
     stops = jnp.array(self.stop_ids or (-1,), jnp.int32)
     if state.stops is not None:
-      stops = state.stops[:, None]
+      stops = jnp.asarray(state.stops)[:, None]
     return (tokens[..., None] == stops).any(axis=-1).astype(jnp.int32)
 
   def _emit(

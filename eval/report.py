@@ -160,7 +160,7 @@ def to_table(record: dict[str, Any]) -> str:
   counts = zip(record["histogram"], shares, conditional, strict=True)
   for drafts, (rounds, share, given) in enumerate(counts):
     lines.append(f"{drafts:>8}{rounds:>9}{share:>15.1%}{given:>11.1%}")
-  return "\n".join([*lines, "", _footer(record)])
+  return "\n".join([*lines, "", footer(record)])
 
 
 def to_sweep_table(record: dict[str, Any]) -> str:
@@ -171,11 +171,11 @@ def to_sweep_table(record: dict[str, Any]) -> str:
   lossless = [point for point in measured if point["guarantee"] != "none"]
   best = max(lossless, key=lambda point: point["speedup"], default=None)
   head = [AXES.get(name, name) for name in names]
-  settings = _align(
+  settings = align(
     [head, *([_show(p["decode"][name]) for name in names] for p in points)]
   )
   head = [*(heading for _, heading, _ in FIGURES), "output", ""]
-  figures = iter(_align([head, *(_figures(p, p is best) for p in measured)]))
+  figures = iter(align([head, *(_figures(p, p is best) for p in measured)]))
   lines = [f"{settings[0]}  {next(figures)}".rstrip()]
   for point, row in zip(points, settings[1:], strict=True):
     refusal = point.get("refused")
@@ -184,7 +184,7 @@ def to_sweep_table(record: dict[str, Any]) -> str:
   lines.append("\n-: the default. *: the best speed-up that is not lossy.")
   for key in dict.fromkeys(point["guarantee"] for point in measured):
     lines.append(f"{OUTPUTS[key]}: {GUARANTEES[key].removeprefix('LOSSY: ')}.")
-  return "\n".join([*lines, f"{record['prompts']} prompts; {_footer(record)}"])
+  return "\n".join([*lines, f"{record['prompts']} prompts; {footer(record)}"])
 
 
 def _figures(point: dict[str, Any], is_best: bool) -> list[str]:
@@ -200,7 +200,7 @@ def _show(value: Any) -> str:
   return str(value or "-")
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
   """Rows as lines, columns right-aligned and two spaces apart."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return [
@@ -209,7 +209,8 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
   ]
 
 
-def _footer(record: dict[str, Any]) -> str:
+def footer(record: dict[str, Any]) -> str:
+  """Machine, version and time of a record, on a line."""
   machine = record["machine"]
   return (
     f"{machine['device']} on {machine['cpu']}, {machine['cores']} cores; "
@@ -223,17 +224,22 @@ def write_json(path: str, record: dict[str, Any]) -> None:
   Raises:
     ConfigError: the file cannot be written.
   """
+  write_whole(path, json.dumps(record, indent=2) + "\n", "--json_out")
+
+
+def write_whole(path: str, text: str, flag: str) -> None:
+  """Writes a file, whole or not at all; `flag` named it, for complaints."""
   file = pathlib.Path(path)
   partial = file.with_name(file.name + ".partial")
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
   except OSError as error:
     with contextlib.suppress(OSError):
       partial.unlink()
     raise ConfigError(
-      f"cannot write {path}: {error.strerror}; choose another --json_out"
+      f"cannot write {path}: {error.strerror}; choose another {flag}"
     ) from error
 
 
@@ -277,7 +283,7 @@ def write_plot(path: str, record: dict[str, Any]) -> None:
     title=f"tau {record['tau_per_round']:.2f} per round, bonus included",
   )
   axes.legend()
-  _save(figure, path)
+  save_plot(figure, path)
 
 
 def write_sweep_plot(path: str, record: dict[str, Any]) -> None:
@@ -314,7 +320,7 @@ def write_sweep_plot(path: str, record: dict[str, Any]) -> None:
   )
   axes.margins(x=0.15)  # room for the names
   figure.legend(loc="outside lower center", fontsize=7)
-  _save(figure, path)
+  save_plot(figure, path)
 
 
 def _name(point: dict[str, Any], line: Sequence[dict[str, Any]]) -> str:
@@ -326,7 +332,8 @@ def _name(point: dict[str, Any], line: Sequence[dict[str, Any]]) -> str:
   )
 
 
-def _save(figure: Any, path: str) -> None:
+def save_plot(figure: Any, path: str) -> None:
+  """Writes a matplotlib figure where --plot_out says."""
   try:
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

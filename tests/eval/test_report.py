@@ -156,6 +156,7 @@ def test_sweep_record_has_each_point_and_survives_json(sweep_record, tmp_path):
   assert points[3]["line"].startswith("temperature=1 rule=token")
   assert [p.get("refused") for p in points[4:]] == [None, *3 * ["chains only"]]
   outside = {"prompts", "config", "versions", "machine", "date", "conventions"}
+  outside |= {"drafter_bytes"}
   assert set(KEYS) - outside <= points[0].keys()
 
 

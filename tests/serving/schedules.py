@@ -35,13 +35,15 @@ CONFIG = EngineConfig(
 )
 
 
-def near_model(kind: type[LanguageModel] = LanguageModel, **decode) -> Model:
+def near_model(
+  kind: type[LanguageModel] = LanguageModel, vocab: int = VOCAB, **decode
+) -> Model:
   """A random target whose drafter is a blurred copy of itself.
 
   It is right often enough that drafts from a wrong context show.
   """
   decode = {"width": f"fixed:{DRAFTS}", "prefill_chunk": 16} | decode
-  model = tiny_model(VOCAB, drafter=False, **decode)
+  model = tiny_model(vocab, drafter=False, **decode)
 
   def blur(x: jax.Array) -> jax.Array:
     noise = jax.random.normal(jax.random.key(x.size), x.shape)
