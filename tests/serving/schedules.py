@@ -42,7 +42,11 @@ def near_model(
 
   It is right often enough that drafts from a wrong context show.
   """
-  decode = {"width": f"fixed:{DRAFTS}", "prefill_chunk": 16} | decode
+  decode = {
+    "width": f"fixed:{DRAFTS}",
+    "prefill_chunk": 16,
+    "rounds_per_dispatch": 2,
+  } | decode
   model = tiny_model(vocab, drafter=False, **decode)
 
   def blur(x: jax.Array) -> jax.Array:
@@ -86,17 +90,35 @@ def random_requests(rng: random.Random, count: int) -> list[Request]:
   return [random_request(rng, families) for _ in range(count)]
 
 
+def submit(engine: Engine, request: Request, is_doomed: bool) -> Handle:
+  """Submits a request; one that is doomed is cancelled by its first tokens."""
+  handles: list[Handle] = []
+
+  def cancel(*_) -> None:
+    handles[0].cancel()
+
+  if is_doomed:
+    request = dataclasses.replace(request, on_tokens=cancel)
+  handles.append(engine.submit(request))
+  return handles[0]
+
+
 def run(
   engine: Engine, rng: random.Random, requests: list[Request]
 ) -> list[Result]:
-  """Submits in bursts between turns, and cancels one in ten at some time."""
+  """Submits in bursts between turns; one in five is cancelled.
+
+  Half of them at some time, most of them still in the queue; half with their
+  first tokens.
+  """
   handles: list[Handle] = []
   doomed: list[tuple[int, Handle]] = []
   waiting, turn = list(requests), 0
   while waiting or doomed:
     for _ in range(rng.choice([0, 0, 1, 2, 9])):
       if waiting:
-        handles.append(engine.submit(waiting.pop(0)))
+        is_doomed = rng.random() < 0.1
+        handles.append(submit(engine, waiting.pop(0), is_doomed))
         if rng.random() < 0.1:
           doomed.append((turn + rng.randrange(12), handles[-1]))
     for _, handle in [pair for pair in doomed if pair[0] <= turn]:
