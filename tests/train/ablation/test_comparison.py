@@ -94,7 +94,8 @@ def test_arms_are_compared_reply_by_reply():
 def test_only_what_both_have_is_compared():
   ours = [reply("a", s, p, tau=3.0) for s in (0, 1, 2) for p in (0, 1, 2)]
   theirs = [reply("b", s, p) for s in (1, 2, 4) for p in (1, 2, 3)]
-  theirs.append(reply("b", 1, 0, rounds=0, tau=0.0))  # one token, no round
+  # Of one token, without a round.
+  theirs += [reply("b", s, 0, rounds=0, tau=0.0) for s in (1, 2, 4)]
   found = compare(ours, theirs)
   assert (found.seeds, found.replies) == (2, 2)
   assert found.tau.value == 1.0
