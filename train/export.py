@@ -62,7 +62,7 @@ class _Drafter:
   Attributes:
     formulas: of it.
     params: that a reader should find.
-    ids: its draft vocabulary.
+    ids: its draft vocabulary, where no parameter holds it.
     facts: where it came from, for config.json.
   """
 
@@ -158,7 +158,8 @@ def _read_run(workdir: str, step: str) -> _Drafter:
   checkpoints.close()
   params = _complete(config, drafter, params, ids)
   origin = {"run": config.name, "target": config.target.path, "step": number}
-  return _Drafter(drafter, params, ids, {**origin, "held_out_tau": tau})
+  apart = ids if isinstance(drafter, DFlash) else None
+  return _Drafter(drafter, params, apart, {**origin, "held_out_tau": tau})
 
 
 def _choose_step(checkpoints: Checkpoints, step: str) -> int:
