@@ -187,7 +187,8 @@ def test_bytes_are_those_of_8_bits_in_either_form():
 def test_the_shipped_drafter_drafts_as_well_in_8_bits(tmp_path):
   source = smollm2_135m.get_config().drafter.path
   exported = convert(source, str(tmp_path / "d"), quantize="fp8")
-  assert exported.weight_bytes < 0.51 * exported.whole_bytes
+  # Kernels halve; the selector's tables, a row per token, stay.
+  assert exported.weight_bytes < 0.58 * exported.whole_bytes
   model = load(smollm2_135m.get_config())
   small = model.with_drafter(DraftConfig(path=str(tmp_path / "d")))
   prompts = read_prompts("eval/prompts/chat.jsonl", 20)

@@ -1,6 +1,7 @@
 """Chains on the real engine: the same in each mode, and nothing left behind."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -58,29 +59,38 @@ def maker(model, workflow, tokens=7):
 
 @pytest.fixture(scope="module")
 def runs(model):
-  """Of each shipped workflow and mode: one chain."""
-  found = {}
-  for name, workflow in shipped().items():
+  """By the name of a shipped workflow: one chain in each mode."""
+
+  @functools.cache
+  def serve(name):
+    found = {}
     for mode in MODES.values():
       server = Server(model, mode, CONFIG)
       server.open()
       assert server.engine.usage().pages_kept == 0
-      make = maker(model, workflow)
-      found[name, mode.name] = server.serve(range(1), 1, make)
+      make = maker(model, shipped()[name])
+      found[mode.name] = server.serve(range(1), 1, make)
       check_empty(server.engine)
-  return found
+    return found
+
+  return serve
 
 
-NAMES = ("team", "tools", "debate", "best")
+NAMES = (
+  "team",
+  "tools",
+  "best",
+  pytest.param("debate", marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chain_is_the_same_in_every_mode(runs, name):
-  plain = runs[name, "plain"]
+  plain = runs(name)["plain"]
   assert len(plain.replies) == shipped()[name].num_requests
   assert plain.seconds.keys() == {0}
   for mode in MODES:
-    run = runs[name, mode]
+    run = runs(name)[mode]
     assert run.replies.keys() == plain.replies.keys()
     for key, reply in run.replies.items():
       assert reply.prompt == plain.replies[key].prompt, (mode, key)
@@ -90,14 +100,14 @@ def test_a_chain_is_the_same_in_every_mode(runs, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_sharing_finds_prefixes_and_only_drafts_save_rounds(runs, name):
   for mode in MODES.values():
-    run = runs[name, mode.name]
+    run = runs(name)[mode.name]
     results = [reply.result for reply in run.replies.values()]
     assert any(result.hit_tokens for result in results) == mode.shares
     assert any(result.tau > 1 for result in results) == mode.drafts
 
 
 def test_who_depends_on_others_reads_what_they_said(runs, model):
-  replies = runs["team", "speculative+shared"].replies
+  replies = runs("team")["speculative+shared"].replies
 
   def said(call, copy=0):
     return replies[0, call, copy].result.text.strip()
@@ -114,7 +124,7 @@ def test_who_depends_on_others_reads_what_they_said(runs, model):
 
 
 def test_drawn_drafts_of_a_prompt_differ(runs):
-  replies = runs["best", "speculative+shared"].replies
+  replies = runs("best")["speculative+shared"].replies
   drafts = [replies[0, "draft", copy] for copy in range(5)]
   assert len({draft.prompt for draft in drafts}) == 1
   assert len({tuple(draft.result.tokens) for draft in drafts}) == 5
@@ -122,7 +132,7 @@ def test_drawn_drafts_of_a_prompt_differ(runs):
 
 def test_a_conversation_that_goes_on_finds_its_reply_in_pages(runs):
   """All of it but what fills no page, and the reply's unread last token."""
-  replies = runs["tools", "speculative+shared"].replies
+  replies = runs("tools")["speculative+shared"].replies
   calls = [call.name for call in shipped()["tools"].calls]
   for before, after in zip(calls, calls[1:], strict=False):
     held, found = replies[0, before, 0], replies[0, after, 0]
