@@ -4,10 +4,10 @@ r"""Workflows of many agents on the default target and drafter.
       --concurrency=1,4,8 --plot_out=agents.png --report=agents.md
 
 Four workflows, each in four modes: plain and speculative, with shared prefixes
-and without. A plain chain takes a 2-core CPU 10 to 20 seconds, and the modes of
-a measurement at C chains in flight 4 x 2C chains in all: an hour for `team` up
-to 32. `--workflows=team --concurrency=1 --chains=1` shows the flow in a minute
-or two. docs/serving.md explains notation and numbers.
+and without. A plain chain takes a 2-core CPU 16 to 30 seconds, and the modes of
+a measurement at C chains in flight 4 x 2C chains in all: `team` with 1 and 8 in
+flight took 24 minutes. `--workflows=team --concurrency=1 --chains=1` shows the
+flow in 2 to 4. docs/serving.md explains notation and numbers.
 """
 
 import dataclasses

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax import noise
-from dflash_jax.noise import Stream
 from dflash_jax.sampling import (
   GREEDY,
   Sampling,
   argmax,
+  choice_times,
   drop_outside,
   race_inside,
 )
@@ -112,12 +111,7 @@ def choose(
   Returns:
     i32[B, T]; the lowest id wins a tie.
   """
-  times = noise.race_times(
-    Stream.CHOICE, seeds[:, None], positions, logits.shape[-1]
-  )
-  if places is not None:
-    times = jax.lax.optimization_barrier(times)  # made once for each position
-    times = jnp.take_along_axis(times, places[..., None], axis=1)
+  times = choice_times(logits.shape[-1], seeds, positions, places)
   drawn = jax.lax.platform_dependent(
     logits, times, laws, cpu=_win_in_nucleus, default=_win
   )

@@ -129,6 +129,20 @@ def drop_outside(
   return jnp.where(weights > limit, weights, 0.0)
 
 
+def choice_times(
+  vocab_size: int,
+  seeds: jax.Array,
+  positions: jax.Array,
+  places: jax.Array | None,
+) -> jax.Array:
+  """Race times f32[B, T, V] of the target's choices; arguments as in choose."""
+  times = noise.race_times(Stream.CHOICE, seeds[:, None], positions, vocab_size)
+  if places is None:
+    return times
+  times = jax.lax.optimization_barrier(times)  # made once for each position
+  return jnp.take_along_axis(times, places[..., None], axis=1)
+
+
 def choose(
   logits: jax.Array,
   sampling: Sampling,
@@ -150,12 +164,7 @@ def choose(
   """
   if sampling.is_greedy:
     return argmax(logits)
-  times = noise.race_times(
-    Stream.CHOICE, seeds[:, None], positions, logits.shape[-1]
-  )
-  if places is not None:
-    times = jax.lax.optimization_barrier(times)  # made once for each position
-    times = jnp.take_along_axis(times, places[..., None], axis=1)
+  times = choice_times(logits.shape[-1], seeds, positions, places)
   if sampling.top_p == 1:
     return _win(logits, times, sampling)
   return jax.lax.platform_dependent(

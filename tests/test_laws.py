@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax import laws, sampling
+from dflash_jax import laws, noise, sampling
 from dflash_jax.laws import Kind, Laws
 from dflash_jax.prediction import Prediction
 from dflash_jax.sampling import GREEDY, Sampling
@@ -61,7 +61,7 @@ def test_the_search_and_the_race_agree():
   """The two forms of the same choice, of which a CPU takes the second."""
   B = len(RESTRICTED)
   logits, (seeds, positions) = logits_of(B), addresses(B)
-  times = laws.noise.race_times(0, seeds[:, None], positions, V)
+  times = noise.race_times(0, seeds[:, None], positions, V)
   rows = Laws.of(RESTRICTED)
   np.testing.assert_array_equal(
     laws._win(logits, times, rows), laws._win_in_nucleus(logits, times, rows)
