@@ -18,7 +18,7 @@ from absl import flags
 from dflash_jax import command
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.model import load
-from eval import agents_report, report
+from eval import agents_report, records
 from eval.workload import Workload
 
 
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
   values = flags.FLAGS
   config = _override(config)
   if values.plot_out:
-    report.check_plot(values.plot_out)
+    records.check_plot(values.plot_out)
   if values.report:
     agents_report.check_report(values.report)
   workload, model = Workload.plan(config), load(config)
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
     found += agents_report.summarize(measurement)
     record = agents_report.to_record(config, sizes, found)
     if values.json_out:
-      report.write_json(values.json_out, record)
+      records.write_json(values.json_out, record)
   print(agents_report.to_table(record))
   if values.plot_out:
     agents_report.write_plot(values.plot_out, record)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dflash_jax.config import Config, ConfigError
 from eval.closed_loop import Run
-from eval.report import align, circumstances, footer, save_plot, write_whole
+from eval.records import align, circumstances, footer, save_plot, write_whole
 from eval.workload import Measurement
 
 CONVENTIONS = {

@@ -24,7 +24,7 @@ from dflash_jax import command, decode_flags
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.model import load
 from dflash_jax.prompts import read_prompts
-from eval import report, speed, sweep
+from eval import records, speed, sweep
 
 # The record, its table, and what draws it into a file.
 Judgement = tuple[dict[str, Any], str, Callable[[str, dict[str, Any]], None]]
@@ -73,13 +73,13 @@ def main(config: Config) -> None:
   if not values.prompts:
     raise ConfigError("--prompts=FILE is missing; name a file of JSON lines")
   if values.plot_out:
-    report.check_plot(values.plot_out)
+    records.check_plot(values.plot_out)
   config = _override(config)
   judge = _sweep if values.sweep else _compare
   record, table, draw = judge(config)
   print(table)
   if values.json_out:
-    report.write_json(values.json_out, record)
+    records.write_json(values.json_out, record)
   if values.plot_out:
     draw(values.plot_out, record)
 
@@ -90,10 +90,10 @@ def _compare(config: Config) -> Judgement:
   model = load(config)
   comparisons = speed.decode_both_ways(model, prompts, config.eval)
   rule = model.decoder().rule
-  record = report.to_record(
+  record = records.to_record(
     config, len(prompts), rule, comparisons, model.drafter_bytes
   )
-  return record, report.to_table(record), report.write_plot
+  return record, records.to_table(record), records.write_plot
 
 
 def _sweep(config: Config) -> Judgement:
@@ -101,8 +101,8 @@ def _sweep(config: Config) -> Judgement:
   points = sweep.plan(config)
   prompts = read_prompts(flags.FLAGS.prompts, config.eval.limit)
   results = sweep.evaluate(load(config), prompts, points, config.eval)
-  record = report.to_sweep_record(config, len(prompts), results)
-  return record, report.to_sweep_table(record), report.write_sweep_plot
+  record = records.to_sweep_record(config, len(prompts), results)
+  return record, records.to_sweep_table(record), records.write_sweep_plot
 
 
 def _override(config: Config) -> Config:

@@ -7,7 +7,7 @@ import pytest
 
 from dflash_jax.config import AgentsConfig, Config, ConfigError
 from dflash_jax.engine import Result
-from eval import agents_report, report, workflows
+from eval import agents_report, records, workflows
 from eval.closed_loop import Reply, Run
 from eval.workload import Measurement
 
@@ -154,7 +154,7 @@ def test_a_run_of_single_tokens_has_no_rates():
 
 def test_record_says_what_each_number_means_and_survives_json(record, tmp_path):
   path = tmp_path / "agents.json"
-  report.write_json(str(path), record)
+  records.write_json(str(path), record)
   loaded = json.loads(path.read_text())
   assert {"config", "versions", "machine", "date"} <= loaded.keys()
   own = loaded["measurements"][0].keys()

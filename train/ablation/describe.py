@@ -5,7 +5,7 @@ import json
 import statistics
 from typing import Any
 
-from eval.report import circumstances
+from eval.records import circumstances
 from train.ablation.grid import Grid, Trial
 from train.ablation.judge import point_name
 from train.ablation.prepare import read_corpus

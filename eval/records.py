@@ -1,4 +1,4 @@
-"""What an evaluation found: a table, a JSON file, a plot."""
+"""What an evaluation found: a record of all, a table, a JSON file, a plot."""
 
 import contextlib
 import dataclasses
