@@ -4,10 +4,10 @@ r"""Workflows of many agents on the default target and drafter.
       --concurrency=1,4,8 --plot_out=agents.png --report=agents.md
 
 Four workflows, each in four modes: plain and speculative, with shared prefixes
-and without. A plain chain takes a 2-core CPU 16 to 30 seconds, and the modes of
-a measurement at C chains in flight 4 x 2C chains in all: `team` with 1 and 8 in
-flight took 24 minutes. `--workflows=team --concurrency=1 --chains=1` shows the
-flow in 2 to 4. docs/serving.md explains notation and numbers.
+and without. A plain chain takes a 2-core CPU 16 to 30 seconds; a measurement is
+of max(--chains, chains in flight) in each mode. `--workflows=team
+--concurrency=1 --chains=1` shows the flow in some minutes. docs/serving.md
+explains notation and numbers.
 """
 
 import dataclasses

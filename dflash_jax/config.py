@@ -339,8 +339,7 @@ class AgentsConfig:
     modes: ways to serve them, "plain", "plain+shared", "speculative" and
       "speculative+shared"; others are compared with the first.
     concurrency: chains in flight, a measurement each.
-    chains: of a measurement, at least; whole waves are run, see
-      closed_loop.plan_waves.
+    chains: of a measurement; no fewer than are in flight.
     system: text file of the system prompt of all conversations; "" for none.
     tasks: JSONL files; a prompt's first turn is a chain's task.
     max_new_tokens: of a reply, unless its call says otherwise.

@@ -18,7 +18,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -52,6 +52,7 @@ class Engine:
     self,
     models: Model | Mapping[str, Model],
     config: EngineConfig | None = None,
+    clock: Callable[[], float] = time.perf_counter,
   ):
     """Allocates nothing; the first request of a lane does.
 
@@ -60,8 +61,11 @@ class Engine:
         a target share its parameters if one is made from the other, as
         Model.without_drafter and with_drafter do.
       config: limits.
+      clock: seconds. Who pauses an engine between turns, and wants no time of
+        its requests to pass, gives it one that stands still meanwhile.
     """
     self.config = config or EngineConfig()
+    self._clock = clock
     self.counters = Counters()
     named = {"": models} if isinstance(models, Model) else dict(models)
     if not named:
@@ -144,7 +148,7 @@ class Engine:
 
   def step(self) -> bool:
     """One turn; whether there may be more to do."""
-    start = time.perf_counter()
+    start = self._clock()
     self._drop()
     lane = self._next_lane()
     if lane is None:
@@ -161,12 +165,17 @@ class Engine:
       self._tell_news()
     if lane.num_live:
       report = lane.collect()
-      self._idle_since = time.perf_counter()
+      self._idle_since = self._clock()
       self._settle(lane, report)
     if not self._queues[lane.name] and lane.reading is None:
       lane.shrink()
-    self.counters.busy_s += time.perf_counter() - start
+    self.counters.busy_s += self._clock() - start
     return True
+
+  def wait(self) -> None:
+    """Returns once the device has done all that is queued."""
+    for lane in self.lanes.values():
+      lane.wait()
 
   def close(self) -> None:
     """Ends what is left as cancelled, and gives all memory back."""
@@ -208,6 +217,7 @@ class Engine:
       prompt=[int(token) for token in prompt],
       stops=model.stop_ids if own is None else tuple(own),
       tokenizer=model.tokenizer,
+      clock=self._clock,
     )
     _check(job, shape, model.target.config.vocab_size)
     if not lane.max_rows:
@@ -240,7 +250,7 @@ class Engine:
         job = self._pop(lane)
         if job is None:
           break
-        job.started = time.perf_counter()
+        job.started = self._clock()
         lane.begin(job)
         self.counters.prompt_tokens += len(job.prompt)
         self.counters.hit_tokens += job.hit
@@ -330,7 +340,7 @@ class Engine:
   def _end_gap(self) -> None:
     """The device has work again."""
     if self._idle_since is not None:
-      gap = time.perf_counter() - self._idle_since
+      gap = self._clock() - self._idle_since
       self.counters.gaps_s.append(gap)
       self._idle_since = None
 

@@ -2,11 +2,14 @@
 
 A server has an engine; a mode says whether it drafts, and whether requests
 share prefixes. A chain's next requests are sent from the engine's callbacks.
+Servers take turns of a few seconds, so that a machine that slows down for a
+while slows all alike; the clock of one that waits for its turn stands still.
 """
 
 import collections
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -98,6 +101,26 @@ def choose_modes(names: Sequence[str]) -> list[Mode]:
   return [MODES[name] for name in dict.fromkeys(names)]
 
 
+class Stopwatch:
+  """Seconds for which it has run; stands still until it is started."""
+
+  def __init__(self) -> None:
+    self._before = 0.0
+    self._since: float | None = None
+
+  def __call__(self) -> float:
+    now = time.perf_counter()
+    return self._before + (0.0 if self._since is None else now - self._since)
+
+  def start(self) -> None:
+    """Lets it run."""
+    self._since = time.perf_counter()
+
+  def stop(self) -> None:
+    """Lets it stand still."""
+    self._before, self._since = self(), None
+
+
 class Server:
   """An engine that serves chains in one mode."""
 
@@ -113,7 +136,8 @@ class Server:
     self.model = model if mode.drafts else model.without_drafter()
     if not mode.shares:
       config = dataclasses.replace(config, prefix_bytes=0)
-    self.engine = Engine(self.model, config)
+    self.clock = Stopwatch()
+    self.engine = Engine(self.model, config, clock=self.clock)
 
   def open(self) -> None:
     """Allocates rows and pages, none of which holds anything then."""
@@ -123,17 +147,42 @@ class Server:
   def serve(
     self, numbers: Iterable[int], concurrency: int, new_chain: NewChain
   ) -> Run:
-    """A wave: so many chains in flight until all are done.
+    """So many chains in flight until all are done; raises as `take_turns`."""
+    run = Run()
+    for _ in self.take_turns(run, numbers, concurrency, new_chain, math.inf):
+      pass
+    return run
+
+  def take_turns(
+    self,
+    run: Run,
+    numbers: Iterable[int],
+    concurrency: int,
+    new_chain: NewChain,
+    turn_s: float,
+  ) -> Iterator[bool]:
+    """So many chains in flight until all are done, with pauses.
+
+    Args:
+      run: grows by what is served.
+      numbers: of the chains.
+      concurrency: chains in flight.
+      new_chain: makes a chain.
+      turn_s: seconds from one pause to the next, at least. The device has done
+        all its work then, and no time passes for the chains in flight.
+
+    Yields:
+      True, at each pause.
 
     Raises:
       ConfigError: a request that the engine refuses.
     """
-    run, waiting = Run(), collections.deque(numbers)
+    waiting = collections.deque(numbers)
     handles: list[Handle] = []
 
     def start() -> None:
       number = waiting.popleft()
-      send(number, new_chain(number), time.perf_counter())
+      send(number, new_chain(number), self.clock())
 
     def send(number: int, chain: Chain, since: float) -> None:
       for question in chain.next_questions():
@@ -145,27 +194,37 @@ class Server:
           chain.take(question, result.text, result.tokens)
           send(number, chain, since)
           if chain.is_done:
-            run.seconds[number] = time.perf_counter() - since
+            run.seconds[number] = self.clock() - since
             if waiting:
               start()
 
         handles.append(self._submit(question, on_done))
 
     gaps = self.engine.counters.gaps_s
-    first_gap = len(gaps)
-    begun = time.perf_counter()
-    with naming_compilations() as run.compiled:
-      for _ in range(min(concurrency, len(waiting))):
-        start()
-      self.engine.run()
-    run.wall_s = time.perf_counter() - begun
+    first_gap, begun = len(gaps), self.clock()
+    is_going = True
+    while is_going:
+      turn = self.clock()
+      self.clock.start()
+      with naming_compilations() as compiled:
+        if not handles:
+          for _ in range(min(concurrency, len(waiting))):
+            start()
+        while is_going := self.engine.step():
+          if self.clock() - turn >= turn_s:
+            break
+        self.engine.wait()
+      self.clock.stop()
+      run.compiled += compiled
+      if is_going:
+        yield True
+    run.wall_s = self.clock() - begun
     run.idle_s = sum(gaps[first_gap:])
     run.peak_bytes = self.engine.usage().peak_bytes
     for handle in handles:
       # What a callback raised, such as a refusal of the next request.
       if (error := handle.result(0).error) is not None:
         raise error
-    return run
 
   def _submit(
     self, question: Question, on_done: Callable[[Result], None]

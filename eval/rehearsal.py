@@ -5,7 +5,6 @@ how its size changes, on pages that are found: on what happens to meet. Here all
 of it happens.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -16,7 +15,6 @@ from dflash_jax.model import Model
 from dflash_jax.sampling import GREEDY, Sampling
 from dflash_jax.serving.requests import Handle
 from dflash_jax.session import MIN_CHUNK
-from dflash_jax.width import Costs
 from eval.closed_loop import Mode, Server
 
 _REPLY = 16  # tokens: more than a round emits on devices that pick a width
@@ -41,20 +39,8 @@ def rehearse(
   actor.decode(laws)
   actor.resize()
   actor.leave()
-  policy = actor.lane.decoder.policy
-  if policy.needs_costs and policy.rests:
-    # A policy that finds all drafts too dear comes to rest.
-    costs = {key: _dear(each) for key, each in model.cost_tables.items()}
-    dear = dataclasses.replace(model, beliefs={}, cost_tables=costs)
-    actor = _Actor(Server(dear, mode, config))
-    actor.decode(laws)
-    actor.leave()
   model.beliefs.clear()
   model.beliefs.update(kept)
-
-
-def _dear(costs: Costs) -> Costs:
-  return Costs(plain=costs.plain * 1e-6, rounds=costs.rounds)
 
 
 class _Actor:
@@ -82,11 +68,17 @@ class _Actor:
         piece *= 2
 
   def decode(self, laws: Sequence[Sampling]) -> None:
-    """Batches of each size, whose replies come to an end, and fill a page."""
+    """Batches of each size, drafting or not, whose replies fill a page.
+
+    What the first dispatch does is imposed on the lane: what its policy would
+    choose depends on costs and drafts, and so on the day.
+    """
     budget = min(_REPLY, self.longest)
-    for law, size in itertools.product(laws, self.sizes):
+    ways = (True, False) if self.lane.decoder.policy.rests else (True,)
+    for law, size, drafts in itertools.product(laws, self.sizes, ways):
       for _ in range(size):
         self._send(self._prompt(self.page - 1), budget, law)
+      self.lane.wants_drafts = drafts
       self.engine.run()
 
   def resize(self) -> None:

@@ -1,10 +1,10 @@
 """What eval.agents measures: workflows, modes and tasks of a config.
 
-Modes take turns, a wave of chains each, so that a machine that slows down for a
-while slows all alike. Everything is compiled, and what rounds cost is measured,
-before any clock starts.
+Modes take turns of a few seconds, see closed_loop.py. Everything is compiled,
+and what rounds cost is measured, before any clock starts.
 """
 
+import collections
 import dataclasses
 import itertools
 import pathlib
@@ -23,6 +23,8 @@ from eval.chains import Chain, Conversation
 from eval.closed_loop import Mode, NewChain, Run, Server, choose_modes
 from eval.rehearsal import rehearse
 from eval.workflows import Workflow
+
+TURN_S = 5.0  # of one mode, before the next one's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,15 +125,15 @@ class Workload:
     """Serves all chains; a Measurement per workflow and concurrency."""
     settings, opening = self.settings, self._opening(model)
     passes = [
-      (workflow, concurrency, plan_waves(settings.chains, concurrency))
+      (workflow, concurrency, count_chains(settings.chains, concurrency))
       for workflow in self.workflows
       for concurrency in settings.concurrency
     ]
-    total = sum(len(waves) for *_, waves in passes) * len(self.modes)
-    with tqdm.tqdm(total=total, unit="wave", disable=None) as bar:
+    total = sum(chains for *_, chains in passes) * len(self.modes)
+    with tqdm.tqdm(total=total, unit="chain", disable=None) as bar:
       bar.set_description("compiling, measuring costs")
       self._rehearse(model)
-      for workflow, concurrency, waves in passes:
+      for workflow, concurrency, chains in passes:
         bar.set_description(f"{workflow.name}, {concurrency} in flight")
 
         def new_chain(number: int, workflow: Workflow = workflow) -> Chain:
@@ -140,7 +142,7 @@ class Workload:
         config = self.engine_config(workflow.breadth * concurrency)
         servers = [Server(model, mode, config) for mode in self.modes]
         runs = serve_in_turns(
-          servers, waves, concurrency, new_chain, on_wave=bar.update
+          servers, range(chains), concurrency, new_chain, on_chains=bar.update
         )
         yield Measurement(workflow, concurrency, runs)
 
@@ -198,49 +200,50 @@ class Workload:
 
 def serve_in_turns(
   servers: Sequence[Server],
-  waves: Sequence[range],
+  numbers: Sequence[int],
   concurrency: int,
   new_chain: NewChain,
-  on_wave: Callable[[], None] = lambda: None,
+  *,
+  turn_s: float = TURN_S,
+  on_chains: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, Run]:
-  """The same chains on each server, interleaved wave by wave.
+  """The same chains on each server, in turns.
 
   Shared pages are empty at a server's first chain, and stay from then on: what
   later chains find there is what a service would.
 
   Args:
     servers: new, each of another mode; closed in the end.
-    waves: numbers of chains.
+    numbers: of chains.
     concurrency: chains in flight.
     new_chain: makes a chain.
-    on_wave: called after each.
+    turn_s: seconds of a turn.
+    on_chains: called after each turn, with how many chains it has ended.
 
   Returns:
     A Run by each mode's name.
   """
   runs = {server.mode.name: Run() for server in servers}
+  going: collections.deque[tuple[Run, Iterator[bool]]] = collections.deque()
   for server in servers:
     server.open()
-  for place, wave in enumerate(waves):
-    first = place % len(servers)  # nobody always follows the same one
-    for server in [*servers[first:], *servers[:first]]:
-      found = server.serve(wave, concurrency, new_chain)
-      _add(runs[server.mode.name], found)
-      on_wave()
+    run = runs[server.mode.name]
+    turns = server.take_turns(run, numbers, concurrency, new_chain, turn_s)
+    going.append((run, turns))
+  while going:
+    run, turns = going.popleft()
+    before = len(run.seconds)
+    if next(turns, False):
+      going.append((run, turns))
+    on_chains(len(run.seconds) - before)
   for server in servers:
     server.engine.close()
   return runs
 
 
-def plan_waves(chains: int, concurrency: int) -> list[range]:
-  """Numbers of chains, a wave each, at least `chains` in all.
-
-  A wave is one chain, or twice as many as are in flight, so that most of its
-  time all of them are.
-  """
-  size = 1 if concurrency == 1 else 2 * concurrency
-  count = -(-chains // size)
-  return [range(i * size, (i + 1) * size) for i in range(count)]
+def count_chains(chains: int, concurrency: int) -> int:
+  """Chains of a measurement: so many, and no fewer than are in flight."""
+  return max(chains, concurrency)
 
 
 def check_capacity(
@@ -294,7 +297,7 @@ def _read_system(settings: AgentsConfig) -> str:
 def _read_tasks(settings: AgentsConfig) -> list[str]:
   """As many tasks as the longest measurement has chains."""
   needed = max(
-    plan_waves(settings.chains, concurrency)[-1].stop
+    count_chains(settings.chains, concurrency)
     for concurrency in settings.concurrency
   )
   if not settings.tasks:
@@ -312,13 +315,3 @@ def _read_tasks(settings: AgentsConfig) -> list[str]:
       "config.agents.tasks, or lower --chains or --concurrency"
     )
   return tasks[:needed]
-
-
-def _add(total: Run, wave: Run) -> None:
-  """Adds a wave's numbers to those of the waves before it."""
-  total.seconds.update(wave.seconds)
-  total.replies.update(wave.replies)
-  total.wall_s += wave.wall_s
-  total.idle_s += wave.idle_s
-  total.compiled += wave.compiled
-  total.peak_bytes = max(total.peak_bytes, wave.peak_bytes)

@@ -64,7 +64,7 @@ class Report:
 class Lane:
   """The device side of one model in an engine.
 
-  All calls but `collect` only queue work on the device.
+  All calls but `collect` and `wait` only queue work on the device.
 
   Attributes:
     name: in the engine.
@@ -75,6 +75,7 @@ class Lane:
     on_launch: called before work is queued.
     seats: the batch's rows; None where nobody sits.
     reading: whose prompt is at the desk.
+    wants_drafts: whether the next dispatch drafts; each report says it anew.
     shelf: of shared prefixes.
     peak_bytes: most that was allocated, as the batch changed its size.
   """
@@ -110,7 +111,7 @@ class Lane:
     self._batch: DecodeState | None = None
     self._trunk: list[Page] = []
     self._members: set[Job] = set()
-    self._wants_drafts = True
+    self.wants_drafts = True
     self._moved = False  # whether seats have changed since the last dispatch
 
   # --- Memory -----------------------------------------------------------------
@@ -258,7 +259,7 @@ class Lane:
       self._batch = self._tell(self._batch, self.seats)
       self._moved = False
     run = self.decoder.run_plain
-    if self._wants_drafts:
+    if self.wants_drafts:
       run = self.decoder.run_rounds
     self._batch = run(self._params(len(self.seats)), self._batch)
 
@@ -268,11 +269,16 @@ class Lane:
     assert state is not None
     names = [field.name for field in dataclasses.fields(Report)]
     report = Report(*jax.device_get([getattr(state, name) for name in names]))
-    self._wants_drafts = bool(report.drafts)
+    self.wants_drafts = bool(report.drafts)
     for place, job in enumerate(self.seats):
       if job is None and not report.done[place]:
         raise RuntimeError(f"row {place} of lane {self.name} is nobody's")
     return report
+
+  def wait(self) -> None:
+    """Returns once the device has done all that is queued."""
+    jax.block_until_ready((self._desk, self._batch))
+    self.shelf.wait()
 
   def leave_seat(self, place: int) -> None:
     """Frees a row; of one that came to its end, the reply's pages are kept."""

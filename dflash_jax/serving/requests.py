@@ -161,6 +161,7 @@ class Job:
     order: of submission.
     prompt: its token ids. stops: tokens that end the reply.
     tokenizer: the target's, if it has one.
+    clock: the engine's.
     submitted, started, ended: seconds of the clock; 0 for not yet.
     path: shared pages of its text, referenced.
     hit, read: prompt tokens not read, and those in the caches.
@@ -177,7 +178,8 @@ class Job:
   prompt: list[int]
   stops: tuple[int, ...]
   tokenizer: Tokenizer | None
-  submitted: float = dataclasses.field(default_factory=time.perf_counter)
+  clock: Callable[[], float] = time.perf_counter
+  submitted: float = dataclasses.field(init=False)
   started: float = 0.0
   ended: float = 0.0
   path: list[Page] = dataclasses.field(default_factory=list)
@@ -192,6 +194,9 @@ class Job:
   text: str = ""
   _sent: int = 0
   _decoder: StreamDecoder | None = None
+
+  def __post_init__(self) -> None:
+    self.submitted = self.clock()
 
   def __lt__(self, other: "Job") -> bool:
     """Who goes first in a queue."""
@@ -211,14 +216,14 @@ class Job:
       self.tokens += tokens.tolist()
       self.slots += slots.tolist()
       self._look_for_strings(first)
-      now = time.perf_counter()
+      now = self.clock()
       self.arrivals.append((now - self.submitted, len(self.tokens)))
     if is_over and not self.finish:
       self.end("stop" if self.tokens[-1] in self.stops else "budget")
 
   def end(self, finish: str) -> None:
     """Notes when and why nothing more comes."""
-    self.finish, self.ended = finish, time.perf_counter()
+    self.finish, self.ended = finish, self.clock()
 
   def send(self) -> None:
     """Calls on_tokens with what it has not seen; keeps what it raises."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from dflash_jax.cache import Trunk
@@ -63,6 +64,10 @@ class Shelf:
     """Gives them back."""
     self._store = None
     self.prefixes = Prefixes(self.size, self.prefixes.count)
+
+  def wait(self) -> None:
+    """Returns once the device has done all that is queued."""
+    jax.block_until_ready(self._store)
 
   def give(self, state: DecodeState, path: list[Page]) -> DecodeState:
     """Copies a path's pages into the only row of a state."""

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import itertools
+import time
 
 import jax
 import pytest
 
 from configs import agents
 from dflash_jax.config import ConfigError
-from dflash_jax.engine import EngineConfig
+from dflash_jax.engine import EngineConfig, Request
+from dflash_jax.sampling import GREEDY, Sampling
 from eval import closed_loop, workflows, workload
 from eval.chains import Chain, Conversation
 from eval.closed_loop import MODES, Server
@@ -162,6 +165,46 @@ def test_so_many_chains_are_in_flight_and_no_more(model):
   check_empty(server.engine)
 
 
+def test_no_time_passes_for_chains_whose_server_waits_for_its_turn(model):
+  workflow = shipped()["team"]
+  modes = closed_loop.choose_modes(("plain", "speculative+shared"))
+  alone = Server(model, modes[1], CONFIG).serve(
+    range(3), 2, maker(model, workflow)
+  )
+  ended, begun = [], time.perf_counter()
+  runs = workload.serve_in_turns(
+    [Server(model, mode, CONFIG) for mode in modes],
+    range(3),
+    2,
+    maker(model, workflow),
+    turn_s=0.0,  # a turn of the engine each
+    on_chains=ended.append,
+  )
+  elapsed = time.perf_counter() - begun
+  assert len(ended) > 2 * len(modes) and sum(ended) == 3 * len(modes)
+  assert sum(run.wall_s for run in runs.values()) <= elapsed
+  for run in runs.values():
+    assert max(run.seconds.values()) <= run.wall_s
+    assert 0 <= run.idle_s < run.wall_s
+    for key, reply in run.replies.items():
+      assert reply.result.tokens == alone.replies[key].result.tokens
+      assert reply.result.total_s <= run.wall_s
+
+
+def test_a_stopwatch_stands_still_until_it_is_started():
+  watch = closed_loop.Stopwatch()
+  readings = [watch()]
+  for _ in range(2):
+    watch.start()
+    time.sleep(0.01)
+    watch.stop()
+    readings.append(watch())
+    time.sleep(0.01)
+    assert watch() == readings[-1]
+  assert readings[0] == 0
+  assert readings[1] >= 0.01 and readings[2] >= readings[1] + 0.01
+
+
 def test_what_the_engine_refuses_is_raised(model):
   workflow = workflows.parse(["w/a: x", f"w/b after a: {'long ' * 400}"])["w"]
   server = Server(model, MODES["plain"], CONFIG)
@@ -192,19 +235,44 @@ def test_nothing_is_compiled_while_the_clock_runs(width):
   modes = closed_loop.choose_modes(("plain", "speculative+shared"))
   for mode in modes:
     rehearse(model, mode, config, laws)
-  waves = []
+  ended = []
   plain, shared = workload.serve_in_turns(
     [Server(model, mode, config) for mode in modes],
-    [range(4), range(4, 8)],
+    range(8),
     2,
     maker(model, workflow),
-    lambda: waves.append(1),
+    turn_s=0.2,
+    on_chains=ended.append,
   ).values()
-  assert len(waves) == 4
+  assert sum(ended) == 16
   assert plain.seconds.keys() == shared.seconds.keys() == set(range(8))
   assert (plain.compiled, shared.compiled) == ([], [])
   for key, reply in shared.replies.items():
     assert reply.result.tokens == plain.replies[key].result.tokens
+
+
+@pytest.mark.slow
+def test_every_size_law_and_way_to_decode_is_rehearsed():
+  """Drafting or not, whatever the policy would have made of it."""
+  model = near_model(vocab=263, max_length=200, width="goodput")
+  config = dataclasses.replace(CONFIG, sizes=(1, 3), max_new_tokens=24)
+  laws = (GREEDY, Sampling(temperature=0.8, top_p=0.95))
+  mode = MODES["speculative+shared"]
+  rehearse(model, mode, config, laws)
+  server = Server(model, mode, config)
+  server.open()
+  (lane,) = server.engine.lanes.values()
+  with closed_loop.naming_compilations() as names:
+    cases = itertools.product(reversed(laws), (3, 1), (False, True))
+    for law, rows, drafts in cases:
+      for row in range(rows):
+        prompt = [row + 1] * 40
+        server.engine.submit(
+          Request(prompt, max_new_tokens=24, sampling=law, stop_ids=())
+        )
+      lane.wants_drafts = drafts
+      server.engine.run()
+  assert names == []
 
 
 def test_a_compilation_is_seen():

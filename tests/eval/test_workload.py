@@ -42,13 +42,13 @@ def test_a_plan_has_the_workflows_modes_and_tasks_of_the_config(config):
   assert [workflow.name for workflow in plan.workflows] == ["pair"]
   assert [mode.name for mode in plan.modes] == ["speculative", "plain"]
   assert plan.system == "Be brief."
-  assert plan.tasks == [f"Task {i}" for i in range(4)]  # a wave of two pairs
+  assert plan.tasks == [f"Task {i}" for i in range(3)]
 
 
 def test_the_shipped_config_can_be_planned():
   config = agents.get_config()
   plan = Workload.plan(config)
-  assert len(plan.tasks) == 64 and len(plan.modes) == 4
+  assert len(plan.tasks) == 32 and len(plan.modes) == 4
   assert "search_catalogue" in plan.system
   for tool in ("read_passage", "calculate", "run_program", "take_note"):
     assert f"\n{tool}: " in plan.system
@@ -96,7 +96,7 @@ def test_a_model_of_bare_ids_cannot_chat(config):
     ({"chains": 0}, "chains=0 and max_new_tokens=9 must be at least 1"),
     ({"system": "/none.txt"}, "system='/none.txt' cannot be read"),
     ({"tasks": ()}, "tasks is empty"),
-    ({"concurrency": (4,)}, "8 chains .* need as many tasks, .* has 5; name"),
+    ({"concurrency": (7,)}, "7 chains .* need as many tasks, .* has 5; name"),
   ],
 )
 def test_a_mistake_is_named_before_a_model_is_loaded(config, fields, message):
@@ -111,11 +111,9 @@ def test_speculation_needs_a_drafter(config):
   Workload.plan(changed(plain, modes=("plain", "plain+shared")))
 
 
-def test_waves_are_twice_what_is_in_flight_or_one_chain():
-  assert workload.plan_waves(3, 1) == [range(1), range(1, 2), range(2, 3)]
-  assert workload.plan_waves(8, 2) == [range(4), range(4, 8)]
-  assert workload.plan_waves(9, 4) == [range(8), range(8, 16)]
-  assert workload.plan_waves(1, 8) == [range(16)]
+def test_as_many_chains_as_are_wanted_and_no_fewer_than_are_in_flight():
+  assert workload.count_chains(3, 1) == 3
+  assert workload.count_chains(3, 8) == 8
 
 
 def test_batches_are_as_large_as_requests_can_fill(config):
