@@ -3,20 +3,16 @@
 """Writes the goldens of the speculators layout, by the package itself.
 
 Tiny random drafters of the four kinds, saved by its save_pretrained, and what
-its training forward makes of a few blocks. `--load` reads drafters that others
-wrote, as the package does, and compares them with the truth. See README.md
-beside this file.
+its training forward makes of a few blocks. See README.md beside this file.
 
   python tools/goldens/speculators_layout.py --out tests/goldens/speculators
-  python tools/goldens/speculators_layout.py --out tests/goldens/speculators \\
-    --check
-  python tools/goldens/speculators_layout.py --out tests/goldens/speculators \\
-    --load DIR
+
+With --check it compares with what is there; with --load=DIR it reads drafters
+that others wrote, in directories named as the cases, and compares what they do.
 """
 
 import argparse
 import contextlib
-import os
 import pathlib
 import shutil
 import tempfile
