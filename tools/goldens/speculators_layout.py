@@ -102,13 +102,18 @@ CASES = {
     {"draft_vocab_size": 29, "markov_rank": 6, "markov_head_type": "gated"},
     torch.bfloat16,
   ),
-  "dspark_bonus": (
+  "dspark_rnn": (
     "dspark",
     _SLIDES,
+    {"markov_rank": 5, "markov_head_type": "rnn"},
+    torch.float32,
+  ),
+  "dspark_bonus": (
+    "dspark",
+    {},
     {
       "sample_from_anchor": False,
       "markov_rank": 5,
-      "markov_head_type": "rnn",
       "confidence_head_with_markov": False,
     },
     torch.float32,
