@@ -153,38 +153,38 @@ class Serving:
   """What the layout says of a drafter's use.
 
   Attributes:
-    verifier: the target, a hub id or a directory.
+    verifier: the target, a hub id or a directory; "" where none is known.
     architectures: of the target, as its config.json names them.
     num_drafts: tokens drafted per round; 0 takes all that a block offers.
   """
 
-  verifier: str
+  verifier: str = ""
   architectures: tuple[str, ...] = ()
   num_drafts: int = 0
 
 
-def read_serving(fields: Fields) -> Serving | None:
-  """What config.json says of the drafter's use; None if it names no target.
+def read_serving(fields: Fields) -> Serving:
+  """What config.json says of the drafter's use.
 
   Raises:
     WeightsError: another way to propose than one greedy chain.
   """
   section = fields.section("speculators_config")
   verifier = section.section("verifier")
-  if verifier.raw("name_or_path") is None:
-    return None
   methods = section.items("proposal_methods", dict, [])
   plain = {"proposal_type": "greedy", "verifier_accept_k": 1}
   for method in methods:
     stated = {key: method.get(key, value) for key, value in plain.items()}
     if stated != plain or len(methods) > 1:
       raise section.refuse(
-        "proposal_methods", methods, "one greedy method is, accepting equals"
+        "proposal_methods",
+        methods,
+        "only one greedy chain is, accepted where it is the target's choice",
       )
   method = dict(methods[0]) if methods else {}
   proposal = Fields(method, section.source, section.remedy)
   return Serving(
-    verifier=verifier.text("name_or_path"),
+    verifier=verifier.text("name_or_path", ""),
     architectures=tuple(verifier.items("architectures", str, [])),
     num_drafts=proposal.integer("speculative_tokens", 0, least=0),
   )

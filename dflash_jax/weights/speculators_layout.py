@@ -40,23 +40,18 @@ from dflash_jax.weights.speculators_fields import (
 _HEAD = "lm_head.weight"
 
 
-def read_speculators_serving(
-  source: str | os.PathLike[str],
-) -> Serving | None:
-  """What a directory says of its drafter's use.
+def read_speculators_serving(source: str | os.PathLike[str]) -> Serving:
+  """What a directory says of its drafter's use; nothing in another layout.
 
   Args:
     source: a directory in any layout, or "owner/name" on the hub.
-
-  Returns:
-    None of another layout, and where no target is named.
 
   Raises:
     WeightsError: another way to propose than one greedy chain.
   """
   directory = huggingface.find_directory(source)
   fields = huggingface.read_config_fields(directory)
-  return None if read_type(fields) is None else read_serving(fields)
+  return Serving() if read_type(fields) is None else read_serving(fields)
 
 
 def read_speculators_head(
@@ -104,9 +99,15 @@ def save_speculators(
     extra: JSON values to keep in config.json, see write_model.
 
   Raises:
-    WeightsError: a drafter that the layout cannot say, parameters that are not
-      this drafter's, or a failed write.
+    WeightsError: a drafter that the layout cannot say, a target without a
+      name, parameters that are not this drafter's, or a failed write.
   """
+  if not serving.verifier:
+    raise WeightsError(
+      "the speculators layout names the drafter's target, and none is known "
+      "that other engines could load; name one in --verifier, a hub id or a "
+      "directory in Hugging Face layout"
+    )
   if isinstance(config, Eagle3Config):
     fields, tensors = _eagle3_files(config, params, serving, dtype)
   else:

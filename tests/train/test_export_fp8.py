@@ -72,7 +72,8 @@ def test_every_kind_of_drafter_decodes_in_8_bits(tmp_path, kind):
 
 def test_8_bits_halve_the_bytes_of_bfloat16(tmp_path):
   source = save_tiny_drafter(tmp_path / "whole", width=64, mlp_width=256)
-  exported = convert(source, str(tmp_path / "small"), quantize="fp8")
+  small = str(tmp_path / "small")
+  exported = convert(source, small, dtype="bfloat16", quantize="fp8")
   params = weights.load_drafter(source)[1]
   leaves = jax.tree.leaves(params)
   numbers = sum(leaf.size for leaf in leaves)
@@ -144,7 +145,7 @@ def test_the_program_says_what_8_bits_save(tmp_path):
   assert done.returncode == 0, done.stderr
   first, second = done.stdout.splitlines()
   assert f"{tmp_path / 'small'}: " in first and "parameters in" in first
-  assert "in bfloat16; L2 caches: H100 50 MiB, B200 126 MiB" in second
+  assert "MiB without; L2 caches: H100 50 MiB, B200 126 MiB" in second
 
 
 def test_bytes_of_a_drafter_do_not_count_what_it_borrows(tmp_path):
