@@ -40,6 +40,12 @@ _LAYER_KEYS = (
   "tie_word_embeddings",
   "vocab_size",
 )
+# Fields of DrafterConfig that it has no key for, where they do nothing.
+_UNKNOWN = {
+  "input_embedding_scale": 1.0,
+  "output_multiplier": 1.0,
+  "logit_softcap": None,
+}
 _BLOCK_KEYS = (
   *_LAYER_KEYS,
   "attention_dropout",
@@ -89,14 +95,11 @@ def check_block_drafter(config: DrafterConfig, columns: int) -> None:
     columns: V', of its head.
   """
   kind = _type_of(config)
-  neutral = (config.input_embedding_scale, config.output_multiplier) == (1, 1)
-  if not neutral or config.logit_softcap is not None:
-    raise _refuse(
-      f"input_embedding_scale={config.input_embedding_scale}, "
-      f"output_multiplier={config.output_multiplier}, "
-      f"logit_softcap={config.logit_softcap}",
-      "embeddings and logits are taken as they are",
-    )
+  for name, neutral in _UNKNOWN.items():
+    if (value := getattr(config, name)) != neutral:
+      raise _refuse(
+        f"{name}={value}", "embeddings and logits are taken as they are"
+      )
   windows, causal = config.layer_windows, config.layer_causal
   slides = tuple(window > 0 for window in windows)
   if len(set(windows) - {0}) > 1:
