@@ -336,6 +336,13 @@ def test_causality_that_only_the_release_knows_is_not_read(golden):
   assert weights.read_drafter_config(directory).layer_causal == (True, False)
 
 
+def test_a_layer_may_name_the_architecture_it_was_made_from(golden):
+  for name in ("eagle3", "dflash"):
+    directory = golden(name)
+    edit(directory, layer={"architectures": ["LlamaForCausalLM"]})
+    assert load(directory)[0] == load(STORED / name)[0]
+
+
 @pytest.mark.parametrize("ending", ["", ".weight"])
 def test_codebooks_are_read_under_either_name(golden, ending):
   directory = golden("dflash2")
