@@ -130,7 +130,7 @@ def load_drafter(
   config = _read_config(directory, fields, tensors)
   ids, rows, extras = _read_ids(directory, fields, tensors, config.vocab_size)
   stored_table = drafter_table(config, rows)
-  stored = quantization.Weights.read(tensors, fields, stored_table)
+  stored = quantization.Weights.read(tensors, fields, stored_table, publish)
   names.check_tensors(
     stored.shapes(), stored_table, source=str(directory), extras=extras
   )

@@ -201,7 +201,7 @@ def load_eagle3(
   config = _read_config(directory, tensors, num_target_layers)
   table = eagle3_table(config)
   known = quantization.Weights.read(
-    tensors, huggingface.read_config_fields(directory), table
+    tensors, huggingface.read_config_fields(directory), table, _publish
   )
   names.check_tensors(
     known.shapes(), table, source=str(directory), extras=_EXTRAS

@@ -124,16 +124,23 @@ def _eagle3_files(
   dtype: str | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """config.json and tensors."""
-  tensors = eagle3_tensors(config, params, dtype)
+  tensors = _rename(eagle3_tensors(config, params, dtype))
   fields = eagle3_layout_fields(config, names.main_dtype(tensors), serving)
-  fields |= quantization.describe(eagle3_table(config), tensors)
-  tensors = {
-    name.replace(f"{LAYER}.", "layers.0.", 1): tensor
-    for name, tensor in tensors.items()
-  }
+  fields |= quantization.describe(_rename(eagle3_table(config)), tensors)
   if config.draft_vocab_size < config.vocab_size:
     tensors |= maps_of(np.asarray(params["head_ids"]), config.vocab_size)
   return fields, tensors
+
+
+def _rename[T](by_name: dict[str, T]) -> dict[str, T]:
+  """The same by the layout's names of EAGLE-3's tensors."""
+  start = f"{LAYER}."
+  return {
+    "layers.0." + name.removeprefix(start)
+    if name.startswith(start)
+    else name: x
+    for name, x in by_name.items()
+  }
 
 
 def _block_files(

@@ -354,6 +354,22 @@ def test_codebooks_are_read_under_either_name(golden, ending):
   assert_same(load(directory)[1], load(STORED / "dflash2")[1])
 
 
+def test_layers_that_8_bits_leave_out_go_by_the_layouts_names(tmp_path):
+  source = STORED / "eagle3"
+  config, whole = weights.load_eagle3(source)
+  params = weights.quantize_drafter(config, whole)
+  params["mlp"]["down"] = whole["mlp"]["down"]
+  serving = weights.read_speculators_serving(source)
+  weights.save_speculators(
+    tmp_path / "d", config, params, serving, dtype="float32"
+  )
+  stated = values_of(tmp_path / "d")["quantization_config"]["ignore"]
+  assert stated == ["layers.0.mlp.down_proj", "lm_head"]
+  found, loaded = weights.load_eagle3(tmp_path / "d")
+  assert found == config
+  assert_same(loaded, params)
+
+
 def test_copies_of_the_targets_tensors_do_not_matter(golden):
   directory = golden("dspark_bonus")
   table = np.full((53, 24), 3.0, np.float32)
