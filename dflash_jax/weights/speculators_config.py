@@ -35,6 +35,31 @@ _UNKNOWN = {
   "output_multiplier": 1.0,
   "final_logit_softcapping": 0.0,
 }
+# Keys of transformer_layer_config that its network reads; others mean nothing.
+_LAYER_KEYS = (
+  "attention_bias",
+  "head_dim",
+  "hidden_act",
+  "hidden_size",
+  "intermediate_size",
+  "layer_types",
+  "max_position_embeddings",
+  "max_window_layers",
+  "mlp_bias",
+  "num_attention_heads",
+  "num_hidden_layers",
+  "num_key_value_heads",
+  "original_max_position_embeddings",
+  "partial_rotary_factor",
+  "rms_norm_eps",
+  "rope_parameters",
+  "rope_scaling",
+  "rope_theta",
+  "sliding_window",
+  "use_sliding_window",
+  "vocab_size",
+)
+# Parts of a kind, and their defaults.
 PARTS: dict[str, dict[str, Any]] = {
   "dflash": {},
   "dflash2": {
@@ -82,11 +107,10 @@ def release_fields(fields: Fields) -> Fields:
       "the selector of dflash2 takes the whole vocabulary",
     )
   anchored = fields.flag("sample_from_anchor", kind == "dspark")
-  if fields.raw("markov_head_type") == "rnn" and not anchored:
+  rnn = kind == "dspark" and fields.raw("markov_head_type") == "rnn"
+  if rnn and not anchored:
     raise fields.refuse("sample_from_anchor", anchored, ANCHORLESS_RNN)
   values = _read_layer(fields, layer)
-  for each in PARTS.values():
-    values |= dict.fromkeys(each)
   for key, default in PARTS[kind].items():
     stated = fields.raw(key)
     values[key] = default if stated is None else stated
@@ -119,7 +143,8 @@ def _read_layer(fields: Fields, layer: Fields) -> dict[str, Any]:
   model_type = layer.text("model_type", "qwen3")
   if model_type not in ("qwen3", "llama"):
     raise layer.refuse("model_type", model_type, "supported: qwen3, llama")
-  values = {**layer.values, "model_type": "qwen3", "causal": None}
+  values = {key: layer.raw(key) for key in _LAYER_KEYS}
+  values["model_type"] = "qwen3"
   if model_type == "llama":  # it has no such keys, though files may
     values["use_sliding_window"] = layer.raw("layer_types") is not None
     if layer.raw("head_dim") is None:
@@ -128,7 +153,7 @@ def _read_layer(fields: Fields, layer: Fields) -> dict[str, Any]:
   kind = fields.text(TYPE)
   free = fields.flag("sliding_window_non_causal", kind == "dflash2")
   # Where no window is, all layers are bidirectional, sliding ones too.
-  windowed = values.get("use_sliding_window") and layer.raw("sliding_window")
+  windowed = values["use_sliding_window"] and layer.raw("sliding_window")
   values["is_causal"] = False if free or not windowed else None
   return values
 

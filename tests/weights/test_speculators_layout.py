@@ -330,9 +330,10 @@ def test_a_sliding_layer_without_a_window_is_bidirectional(golden):
   assert config.layer_causal == (False, False)
 
 
-def test_causality_that_only_the_release_knows_is_not_read(golden):
+def test_keys_that_only_the_release_knows_are_not_read(golden):
   directory = golden("dflash_reduced")
-  edit(directory, layer={"is_causal": False, "causal": False}, is_causal=False)
+  layer = {"is_causal": False, "causal": False, "shift_label": True}
+  edit(directory, layer, is_causal=False, projector_type="domino")
   assert weights.read_drafter_config(directory).layer_causal == (True, False)
 
 
