@@ -49,17 +49,22 @@ class Case:
   def hidden(self, block: int) -> jax.Array:
     """f32[K, D], the slots of a block at an anchor."""
     anchor, K = ANCHORS[block], self.drafter.config.block_size
-    state = self.drafter.init_state(1, 41, "float32")
-    state = self.drafter.absorb(
+    longest = max(ANCHORS)  # one shape for all
+    state = jax.jit(DFlash.absorb, static_argnums=0)(
+      self.drafter,
       self.params,
-      state,
-      jnp.asarray(self.arrays["taps"][None, :anchor]),
-      jnp.zeros((1, anchor), jnp.int32),
+      self.drafter.init_state(1, 41, "float32"),
+      jnp.asarray(self.arrays["taps"][None, :longest]),
+      jnp.zeros((1, longest), jnp.int32),
       jnp.array([anchor]),
     )
-    first = jnp.asarray(self.tokens(block)[:1])
-    return self.drafter.draft(
-      self.params, state, first, self.borrowed.embedding, size=jnp.array([K])
+    return jax.jit(DFlash.draft, static_argnums=0)(
+      self.drafter,
+      self.params,
+      state,
+      jnp.asarray(self.tokens(block)[:1]),
+      self.borrowed.embedding,
+      size=jnp.array([K]),
     )[0, :K]
 
   def corrected(self, block: int) -> np.ndarray:

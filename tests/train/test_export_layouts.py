@@ -234,15 +234,13 @@ def test_a_run_on_a_random_target_needs_the_targets_name(tmp_path, verifier):
 )
 def test_what_cannot_be_is_named(tmp_path, monkeypatch, change, message):
   save_tiny_drafter(tmp_path / "blocks")
-  if change.get("source") == "lm":
-    write_drafter(tmp_path / "lm", "lm")
   monkeypatch.chdir(tmp_path)
   target, params = load_target(get_config())
-  if "verifier" in change and change["verifier"]:
-    config = dataclasses.replace(target.config, vocab_size=300)
-    table = jnp.zeros((300, config.width))
-    others = {"embedding": table, "head": {"kernel": table.T}}
-    weights.save_target("other", config, params | others)
+  weights.save_target("lm", target.config, params)
+  config = dataclasses.replace(target.config, vocab_size=300)
+  table = jnp.zeros((300, config.width))
+  tables = {"embedding": table, "head": {"kernel": table.T}}
+  weights.save_target("other", config, params | tables)
   asked = {
     "source": "blocks",
     "output": "new",
