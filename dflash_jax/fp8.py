@@ -110,18 +110,17 @@ def for_device(params: dict[Any, Any]) -> dict[Any, Any]:
   )
 
 
-def stored_bytes(params: Any, dtype: str) -> int:
+def stored_bytes(params: Any, dtype: str | None) -> int:
   """Bytes of parameters as files and GPUs have them.
 
   Args:
     params: of a drafter.
-    dtype: of all that is not in 8 bits.
+    dtype: of all that is not in 8 bits; None as `params` are.
   """
-  width = jnp.dtype(dtype).itemsize
 
   def count(leaf: Any) -> int:
     if isinstance(leaf, QuantizedKernel):
       return leaf.values.size + leaf.scale.nbytes
-    return leaf.size * width
+    return leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize
 
   return sum(map(count, jax.tree.leaves(params, is_leaf=is_kernel)))

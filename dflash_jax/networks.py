@@ -160,7 +160,8 @@ class DrafterConfig:
     block_size: K, anchor included; a block offers K - 1 drafts.
     mask_token_id: the target's embedding row that stands for "unknown".
     target_layer_ids: taps, 0-based layers whose output is read.
-    num_target_layers: depth of the target it was trained for.
+    num_target_layers: depth of the target it was trained for; 0 where its
+      checkpoint does not say.
     target_width: D of the target.
     norm_epsilon: as in the target.
     rotary_base: must equal the target's. rotary_scaling: usually None.
@@ -224,11 +225,12 @@ class DrafterConfig:
         f"{self.vocab_size}"
       )
     self._check_parts()
+    depth = self.num_target_layers or 1 + max(self.target_layer_ids, default=0)
     for tap in self.target_layer_ids:
-      if not 0 <= tap < self.num_target_layers:
+      if not 0 <= tap < depth:
         raise ConfigError(
-          f"tap {tap} is outside the target's layers 0..."
-          f"{self.num_target_layers - 1}; choose target_layer_ids in range"
+          f"tap {tap} is outside the target's layers 0...{depth - 1}; choose "
+          "target_layer_ids in range"
         )
 
   @property
@@ -271,7 +273,10 @@ class DrafterConfig:
     pairs = {
       "width of the target": (self.target_width, target.width),
       "vocabulary": (self.vocab_size, target.vocab_size),
-      "target layers": (self.num_target_layers, target.num_layers),
+      "target layers": (
+        self.num_target_layers or target.num_layers,
+        target.num_layers,
+      ),
       "drafter width (it borrows the target's head)": (
         self.width,
         target.width,
@@ -283,6 +288,16 @@ class DrafterConfig:
           f"drafter and target do not match: {what} is {ours} in the drafter "
           f"and {theirs} in the target; use the drafter trained for this target"
         )
+    _check_taps(self.target_layer_ids, target)
+
+
+def _check_taps(taps: tuple[int, ...], target: TargetConfig) -> None:
+  for tap in taps:
+    if not 0 <= tap < target.num_layers:
+      raise ConfigError(
+        f"tap {tap} is outside the target's layers 0..."
+        f"{target.num_layers - 1}; use the drafter trained for this target"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,9 +360,4 @@ class Eagle3Config:
           f"drafter and target do not match: {what} is {ours} in the drafter "
           f"and {theirs} in the target; use the drafter trained for this target"
         )
-    for tap in self.target_layer_ids:
-      if not 0 <= tap < target.num_layers:
-        raise ConfigError(
-          f"tap {tap} is outside the target's layers 0..."
-          f"{target.num_layers - 1}; use the drafter trained for this target"
-        )
+    _check_taps(self.target_layer_ids, target)

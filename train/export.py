@@ -1,12 +1,15 @@
-"""Writes a trained drafter in the published layout, which other engines read.
+"""Writes a trained drafter in a published layout, which other engines read.
 
     python -m train.export --workdir=runs/cpu --output=drafter
     python -m train.export --drafter=drafter --output=small --quantize=fp8
+    python -m train.export --drafter=drafter --output=other --layout=speculators
 
-A block drafter's vocabulary goes into a file of its own beside the weights;
-EAGLE-3 has a place for it. A small language model is written whole: tables that
-it borrows are copied from the target. --drafter takes one that is in the layout
-already; --quantize=fp8 stores kernels in 8 bits, see docs/fp8.md.
+--drafter takes one that is published already, in any layout. --layout=release
+is that of each drafter's own release: a block drafter's vocabulary goes into a
+file of its own beside the weights; EAGLE-3 has a place for it. A small language
+model is written whole: tables that it borrows are copied from the target.
+--layout=speculators is that of the package, which names the target. See
+docs/drafters.md; for --quantize=fp8, kernels in 8 bits, docs/fp8.md.
 """
 
 import dataclasses
@@ -21,16 +24,17 @@ from absl import flags
 from dflash_jax import command, fp8, weights
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.drafters import DFlash, Eagle3, LanguageModel
-from dflash_jax.model import borrow, load_target
 from dflash_jax.target import Params
-from dflash_jax.weights.fields import read_json
 from pallas_kernels.devices import cache_sizes
-from train.checkpoint import CheckpointError, Checkpoints, quieten_orbax
-from train.design import Trainable, make_drafter
+from train.checkpoint import quieten_orbax
+from train.drafter_sources import (
+  Drafter,
+  read_checkpoint,
+  read_directory,
+  with_verifier,
+)
 from train.files import FileError
-from train.record import read_config, read_run
 
-Ids = tuple[int, ...] | None  # a draft vocabulary
 _MIB = 2**20
 
 
@@ -56,28 +60,44 @@ class Exported:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drafter:
-  """A drafter to write.
+class _Form:
+  """How a drafter is written; fields are those of `export`.
 
-  Attributes:
-    formulas: of it.
-    params: that a reader should find.
-    ids: its draft vocabulary, where no parameter holds it.
-    facts: where it came from, for config.json.
+  Raises:
+    ConfigError: a choice that does not exist.
   """
 
-  formulas: Trainable
-  params: Params
-  ids: Ids
-  facts: dict[str, Any] | None
+  dtype: str
+  quantize: str
+  layout: str
+  verifier: str
+
+  def __post_init__(self):
+    if self.dtype not in ("", "bfloat16", "float32"):
+      raise ConfigError(
+        f"--dtype={self.dtype} is unknown; choose bfloat16 or float32"
+      )
+    if self.quantize not in ("", "fp8"):
+      raise ConfigError(f"--quantize={self.quantize} is unknown; choose fp8")
+    if self.layout not in ("release", "speculators"):
+      raise ConfigError(
+        f"--layout={self.layout} is unknown; choose release or speculators"
+      )
+
+  @property
+  def with_head(self) -> bool:
+    """Whether files hold the target's head for a draft vocabulary."""
+    return self.layout == "speculators"
 
 
 def export(
   workdir: str,
   output: str,
   step: str = "best",
-  dtype: str = "bfloat16",
+  dtype: str = "",
   quantize: str = "",
+  layout: str = "release",
+  verifier: str = "",
 ) -> Exported:
   """Writes the drafter of one checkpoint, and checks that it reads back.
 
@@ -85,151 +105,78 @@ def export(
     workdir: of a train.main run, which may still be going on.
     output: a new directory, or that of an earlier drafter.
     step: "best" by held-out tau, "latest", or a number.
-    dtype: on disk, "bfloat16" or "float32".
+    dtype: on disk, "bfloat16", which "" is too, or "float32".
     quantize: "fp8" for kernels in 8 bits, "" for none.
+    layout: "release" or "speculators".
+    verifier: the target as other engines find it, a hub id or a directory in
+      Hugging Face layout; "" takes what the run, or the source, names.
 
   Raises:
-    ConfigError: a step, dtype or quantisation that does not exist.
+    ConfigError: a choice that does not exist, or another drafter's target.
     FileError: a workdir without such a checkpoint.
-    WeightsError: an output that cannot be written.
+    WeightsError: a drafter that the layout cannot say, or an output that cannot
+      be written.
   """
-  _check_choices(dtype, quantize)
-  drafter = _read_run(workdir, step)
+  form = _Form(dtype or "bfloat16", quantize, layout, verifier)
+  with_head = form.with_head and not pathlib.Path(verifier or "?").is_dir()
+  drafter = read_checkpoint(workdir, step, with_head)
   assert drafter.facts is not None
   return dataclasses.replace(
-    _write_checked(drafter, output, dtype, quantize),
+    _write_checked(drafter, output, form),
     step=drafter.facts["step"],
     tau=drafter.facts["held_out_tau"],
   )
 
 
 def convert(
-  source: str, output: str, dtype: str = "bfloat16", quantize: str = ""
+  source: str,
+  output: str,
+  dtype: str = "",
+  quantize: str = "",
+  layout: str = "release",
+  verifier: str = "",
 ) -> Exported:
   """Writes a drafter that is in a published layout once more.
 
   Args:
     source: its directory, or "owner/name" on the hub.
-    output, dtype, quantize: as in `export`.
+    output, quantize, layout, verifier: as in `export`.
+    dtype: on disk, "bfloat16", "float32", or "" as it is stored.
 
   Raises:
-    ConfigError: no drafter of weights, or one that is in 8 bits already.
-    WeightsError: nothing usable is there, or an output that cannot be written.
+    ConfigError: no drafter of weights, one that is in 8 bits already, or as in
+      `export`.
+    WeightsError: nothing usable is there, or as in `export`.
   """
-  _check_choices(dtype, quantize)
+  form = _Form(dtype, quantize, layout, verifier)
   if source in ("none", "ngram"):
     raise ConfigError(
       f"--drafter={source} has no weights to write; name the directory of a "
       "block drafter, EAGLE-3 or small language model"
     )
-  drafter = _read_directory(source)
+  drafter = read_directory(source, dtype=None)
   leaves = jax.tree.leaves(drafter.params, is_leaf=fp8.is_kernel)
   if quantize and any(map(fp8.is_kernel, leaves)):
     raise ConfigError(
       f"--drafter={source} is in 8 bits already; name the drafter that it was "
       "made from"
     )
-  return _write_checked(drafter, output, dtype, quantize)
-
-
-def _check_choices(dtype: str, quantize: str) -> None:
-  if dtype not in ("bfloat16", "float32"):
-    raise ConfigError(f"--dtype={dtype} is unknown; choose bfloat16 or float32")
-  if quantize not in ("", "fp8"):
-    raise ConfigError(f"--quantize={quantize} is unknown; choose fp8")
-
-
-# --- Where a drafter comes from -----------------------------------------------
-
-
-def _read_run(workdir: str, step: str) -> _Drafter:
-  """A checkpoint of a run."""
-  config, run = read_config(workdir), read_run(workdir)
-  checkpoints = Checkpoints(
-    workdir, config.train.keep_checkpoints, read_only=True
-  )
-  number = _choose_step(checkpoints, step)
-  drafter = make_drafter(config.drafter, run.drafter)
-  ids = run.draft_vocabulary
-  params = checkpoints.restore_drafter(
-    drafter, number, columns=None if ids is None else len(ids)
-  )
-  tau = checkpoints.taus[number]
-  checkpoints.close()
-  params = _complete(config, drafter, params, ids)
-  origin = {"run": config.name, "target": config.target.path, "step": number}
-  apart = ids if isinstance(drafter, DFlash) else None
-  return _Drafter(drafter, params, apart, {**origin, "held_out_tau": tau})
-
-
-def _choose_step(checkpoints: Checkpoints, step: str) -> int:
-  if step.isdecimal():
-    return int(step)
-  choices = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
-  if step not in choices:
-    raise ConfigError(f"--step={step} is unknown; choose best, latest or N")
-  number = choices[step]
-  if number is None:
-    raise CheckpointError(
-      f"{checkpoints.directory} holds no checkpoint yet; let train.main run"
-    )
-  return number
-
-
-def _complete(
-  config: Config, drafter: Trainable, params: Params, ids: Ids
-) -> Params:
-  """What a reader of the checkpoint should find."""
-  if isinstance(drafter, DFlash):
-    return params
-  if isinstance(drafter, Eagle3):
-    if ids is None or len(ids) == drafter.config.vocab_size:
-      return params
-    return {**params, "head_ids": jnp.array(ids, jnp.int32)}
-  if not drafter.borrows:
-    return drafter.bind(params)
-  return drafter.bind(params, borrow(load_target(config)[1], None))
-
-
-def _read_directory(source: str) -> _Drafter:
-  """A drafter in a published layout, of whichever kind."""
-  formulas: Trainable
-  ids: Ids = None
-  kind = weights.drafter_kind(source)
-  if kind == "dflash":
-    blocks, params, vocabulary = weights.load_drafter(source)
-    formulas = DFlash(blocks)
-    ids = None if vocabulary is None else tuple(vocabulary.tolist())
-  elif kind == "eagle3":
-    eagle, params = weights.load_eagle3(source)
-    formulas = Eagle3(eagle, max_drafts=1)
-  else:
-    model, params = weights.load_target(source, drafts=True)
-    formulas = LanguageModel(model, max_drafts=1)
-  return _Drafter(formulas, params, ids, _read_facts(source))
-
-
-def _read_facts(source: str) -> dict[str, Any] | None:
-  """What an earlier export said of where the drafter came from."""
-  directory = pathlib.Path(source)
-  if not directory.is_dir():
-    return None
-  facts = read_json(directory / "config.json").get("dflash_jax")
-  return facts if isinstance(facts, dict) else None
+  return _write_checked(drafter, output, form)
 
 
 # --- Writing ------------------------------------------------------------------
 
 
-def _write_checked(
-  drafter: _Drafter, output: str, dtype: str, quantize: str
-) -> Exported:
+def _write_checked(drafter: Drafter, output: str, form: _Form) -> Exported:
   """Writes a drafter and reads it back."""
+  if form.verifier:
+    drafter = with_verifier(drafter, form.verifier, form.with_head)
   network, params = drafter.formulas.config, drafter.params
-  if quantize:
+  if form.quantize:
     params = weights.quantize_drafter(network, params)
   written = dataclasses.replace(drafter, params=params)
-  _write(output, written, dtype)
+  dtype = form.dtype or None
+  _write(output, written, form.layout, dtype)
   _check_reads_back(output, written, dtype)
   return Exported(
     parameters=drafter.formulas.count_parameters(),
@@ -239,36 +186,46 @@ def _write_checked(
   )
 
 
-def _write(output: str, drafter: _Drafter, dtype: str) -> None:
-  """Saves a drafter in the layout of its kind."""
+def _write(
+  output: str, drafter: Drafter, layout: str, dtype: str | None
+) -> None:
+  """Saves a drafter in a layout."""
   formulas, params, ids = drafter.formulas, drafter.params, drafter.ids
-  if isinstance(formulas, DFlash):
-    weights.save_drafter(
+  vocabulary = None if ids is None else np.array(ids, np.int32)
+  how: dict[str, Any] = {"dtype": dtype, "extra": drafter.facts}
+  if layout == "speculators":
+    if isinstance(formulas, LanguageModel):
+      raise ConfigError(
+        "--layout=speculators has no place for a small language model, which "
+        "engines take as it is; use --layout=release"
+      )
+    weights.save_speculators(
       output,
       formulas.config,
       params,
-      draft_vocabulary=None if ids is None else np.array(ids, np.int32),
-      dtype=dtype,
-      extra=drafter.facts,
+      drafter.serving,
+      draft_vocabulary=vocabulary,
+      head=drafter.head,
+      **how,
+    )
+  elif isinstance(formulas, DFlash):
+    weights.save_drafter(
+      output, formulas.config, params, draft_vocabulary=vocabulary, **how
     )
   elif isinstance(formulas, Eagle3):
-    weights.save_eagle3(
-      output, formulas.config, params, dtype=dtype, extra=drafter.facts
-    )
+    weights.save_eagle3(output, formulas.config, params, **how)
   else:
-    weights.save_target(
-      output, formulas.config, params, dtype=dtype, extra=drafter.facts
-    )
+    weights.save_target(output, formulas.config, params, **how)
 
 
-def _check_reads_back(output: str, drafter: _Drafter, dtype: str) -> None:
+def _check_reads_back(output: str, drafter: Drafter, dtype: str | None) -> None:
   """Raises WeightsError unless the directory says what was to be written."""
-  found = _read_directory(output)
+  found = read_directory(output, dtype=None)
 
   def stored(leaf: Any) -> Any:
     if fp8.is_kernel(leaf) or jnp.issubdtype(leaf.dtype, jnp.integer):
       return leaf
-    return leaf.astype(dtype).astype(jnp.float32)
+    return leaf.astype(dtype or leaf.dtype)
 
   expected = _by_path(
     jax.tree.map(stored, drafter.params, is_leaf=fp8.is_kernel)
@@ -299,14 +256,23 @@ def define_flags() -> None:
   """The flags of python -m train.export; the run brings its own config."""
   flags.DEFINE_string("workdir", None, "Directory of a train.main run.")
   flags.DEFINE_string(
-    "drafter", None, "Instead of a run, a drafter in the published layout."
+    "drafter", None, "Instead of a run, a drafter in a published layout."
   )
   flags.DEFINE_string("output", None, "Directory for the drafter.")
   flags.DEFINE_string(
     "step", "best", "Checkpoint: best (held-out tau), latest, or its step."
   )
-  flags.DEFINE_string("dtype", "bfloat16", "On disk: bfloat16 or float32.")
+  flags.DEFINE_string(
+    "dtype",
+    "",
+    "On disk: bfloat16 or float32; by default as --drafter is stored, and "
+    "bfloat16 of a run.",
+  )
   flags.DEFINE_string("quantize", "", "fp8 for kernels in 8 bits.")
+  flags.DEFINE_string("layout", "release", "Of the files: or speculators.")
+  flags.DEFINE_string(
+    "verifier", "", "The target by the name that other engines know."
+  )
 
 
 def main(_: Config) -> None:
@@ -317,7 +283,7 @@ def main(_: Config) -> None:
   if not values.output:
     raise ConfigError("--output=DIR is missing")
   quieten_orbax()
-  how = (values.dtype, values.quantize)
+  how = (values.dtype, values.quantize, values.layout, values.verifier)
   if values.drafter:
     exported = convert(values.drafter, values.output, *how)
   else:
@@ -331,10 +297,10 @@ def main(_: Config) -> None:
     f"{exported.bytes:,} bytes"
   )
   if values.quantize:
-    print(_beside_caches(exported, values.dtype))
+    print(_beside_caches(exported))
 
 
-def _beside_caches(exported: Exported, dtype: str) -> str:
+def _beside_caches(exported: Exported) -> str:
   """What 8 bits save, beside the caches that may hold the drafter."""
   ratio = exported.weight_bytes / exported.whole_bytes
   sizes = cache_sizes()
@@ -343,7 +309,7 @@ def _beside_caches(exported: Exported, dtype: str) -> str:
   )
   return (
     f"weights: {exported.weight_bytes / _MIB:.1f} MiB, {ratio:.2f} of the "
-    f"{exported.whole_bytes / _MIB:.1f} MiB in {dtype}; L2 caches: {caches}"
+    f"{exported.whole_bytes / _MIB:.1f} MiB without; L2 caches: {caches}"
   )
 
 

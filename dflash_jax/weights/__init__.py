@@ -5,7 +5,13 @@ from typing import Any
 
 from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.networks import Eagle3Config
-from dflash_jax.weights import eagle3, huggingface, quantization, target
+from dflash_jax.weights import (
+  eagle3,
+  huggingface,
+  quantization,
+  speculators_config,
+  target,
+)
 from dflash_jax.weights.drafter import (
   load_drafter,
   read_drafter_config,
@@ -16,11 +22,18 @@ from dflash_jax.weights.eagle3 import load_eagle3, save_eagle3
 from dflash_jax.weights.gguf import find_packaged_gguf, load_gguf_target
 from dflash_jax.weights.huggingface import find_directory, read_target_config
 from dflash_jax.weights.names import Params, WeightsError, target_table
+from dflash_jax.weights.speculators_config import Serving
+from dflash_jax.weights.speculators_layout import (
+  read_speculators_head,
+  read_speculators_serving,
+  save_speculators,
+)
 from dflash_jax.weights.target import save_target
 
 __all__ = [
   "PACKAGE_PREFIX",
   "Params",
+  "Serving",
   "WeightsError",
   "drafter_kind",
   "find_directory",
@@ -31,9 +44,12 @@ __all__ = [
   "load_target",
   "quantize_drafter",
   "read_drafter_config",
+  "read_speculators_head",
+  "read_speculators_serving",
   "read_target_config",
   "save_drafter",
   "save_eagle3",
+  "save_speculators",
   "save_target",
 ]
 
@@ -74,6 +90,8 @@ def drafter_kind(source: str) -> str:
   if source.startswith(PACKAGE_PREFIX) or source.endswith(".gguf"):
     return "lm"
   fields = huggingface.read_config_fields(find_directory(source))
+  if (stated := speculators_config.read_type(fields)) is not None:
+    return "eagle3" if stated == speculators_config.EAGLE3 else "dflash"
   known = fields.items("architectures", str, [])
   if set(known) & set(eagle3.ARCHITECTURES):
     return "eagle3"

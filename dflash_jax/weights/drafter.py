@@ -1,14 +1,17 @@
-"""Drafters in the published layout, read and written.
+"""Drafters in the published layouts, read; and written in the first.
 
-The layout is that of the DFlash release (package dflash, Qwen3-style
+The first is that of the DFlash release (package dflash, Qwen3-style
 config.json, tensors without prefix), which other engines read too; DSpark's and
 Domino's are those of package specforge. A draft vocabulary lies beside the
 weights in a file of its own, so that they can ignore it: tables with a row per
 token always have all rows in the file, and in memory those of the vocabulary.
+The other is that of package speculators, see speculators_layout.py. Tensors go
+by the release's names in both, and config.json tells them apart.
 """
 
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,26 @@ from dflash_jax.weights import (
   names,
   quantization,
   safetensors_file,
+  speculators_config,
 )
-from dflash_jax.weights.drafter_config import drafter_fields, read_config
-from dflash_jax.weights.drafter_names import EXTRAS, drafter_table, publish
-from dflash_jax.weights.model_directory import VOCABULARY_FILE, write_model
+from dflash_jax.weights.draft_vocabulary import (
+  check_vocabulary,
+  read_maps,
+  read_vocabulary,
+)
+from dflash_jax.weights.drafter_config import (
+  DraftFields,
+  drafter_fields,
+  read_config,
+)
+from dflash_jax.weights.drafter_names import (
+  EXTRAS,
+  SPECULATORS_EXTRAS,
+  drafter_table,
+  publish,
+)
+from dflash_jax.weights.fields import Fields
+from dflash_jax.weights.model_directory import write_model
 from dflash_jax.weights.names import WeightsError
 
 
@@ -31,13 +50,28 @@ def read_drafter_config(source: str | os.PathLike[str]) -> DrafterConfig:
   """The drafter that a directory describes; its weights are not read.
 
   Args:
-    source: a directory in the published layout, or "owner/name" on the hub.
+    source: a directory in a published layout, or "owner/name" on the hub.
 
   Raises:
     WeightsError: another kind of drafter, or an incomplete checkpoint.
   """
   directory = huggingface.find_directory(source)
-  return read_config(directory, _read_tensors(directory))
+  fields = huggingface.read_config_fields(directory)
+  return _read_config(directory, fields, _read_tensors(directory))
+
+
+def _read_config(
+  directory: pathlib.Path, fields: Fields, tensors: safetensors_file.Tensors
+) -> DrafterConfig:
+  """The drafter that config.json describes, in either layout."""
+  match kind := speculators_config.read_type(fields):
+    case None:
+      published: Fields = DraftFields.merge(fields)
+    case speculators_config.EAGLE3:
+      raise fields.refuse(speculators_config.TYPE, kind, "load it as EAGLE-3")
+    case _:
+      published = speculators_config.release_fields(fields)
+  return read_config(directory, published, tensors)
 
 
 def _read_tensors(directory: pathlib.Path) -> safetensors_file.Tensors:
@@ -54,38 +88,22 @@ def _read_tensors(directory: pathlib.Path) -> safetensors_file.Tensors:
   return tensors
 
 
-def _check_vocabulary(ids: np.ndarray, vocab_size: int, source: str) -> None:
-  sound = (
-    ids.ndim == 1
-    and ids.size > 0
-    and ids.dtype == np.int32
-    and ids[0] >= 0
-    and ids[-1] < vocab_size
-    and bool(np.all(np.diff(ids.astype(np.int64)) > 0))
-  )
-  if not sound:
-    raise WeightsError(
-      f"{source}: ids ({ids.dtype} of shape {ids.shape}) are not a draft "
-      f"vocabulary, int32 ids that rise from 0 to at most {vocab_size - 1} "
-      "without repeats; choose it again from the corpus"
-    )
-
-
-def _read_vocabulary(
-  directory: pathlib.Path, vocab_size: int
-) -> np.ndarray | None:
-  path = directory / VOCABULARY_FILE
-  if not path.exists():
-    return None
-  tensors = safetensors_file.read_safetensors(path)
-  if tensors.keys() != {"ids"}:
-    raise WeightsError(
-      f"{path}: holds {sorted(tensors)}, expected the one tensor ids; write "
-      "the drafter again"
-    )
-  ids = tensors["ids"].view().copy()
-  _check_vocabulary(ids, vocab_size, str(path))
-  return ids
+def _read_ids(
+  directory: pathlib.Path,
+  fields: Fields,
+  tensors: safetensors_file.Tensors,
+  vocab_size: int,
+) -> tuple[np.ndarray | None, int, re.Pattern[str]]:
+  """The draft vocabulary, rows that tables by token have for it, and extras."""
+  if speculators_config.read_type(fields) is None:
+    return read_vocabulary(directory, vocab_size), vocab_size, EXTRAS
+  size = speculators_config.read_head_size(fields)
+  if size > vocab_size:
+    raise fields.refuse("draft_vocab_size", size, f"at most {vocab_size}")
+  ids = read_maps(tensors, size, vocab_size, str(directory))
+  if ids is not None:
+    check_vocabulary(ids, vocab_size, f"{directory}, d2t")
+  return ids, size, SPECULATORS_EXTRAS
 
 
 def load_drafter(
@@ -94,8 +112,9 @@ def load_drafter(
   """A drafter, its parameters, and its draft vocabulary if it has one.
 
   Args:
-    source: a directory in the published layout, or "owner/name" on the hub.
-    dtype: of the parameters, float32 or bfloat16; kernels in 8 bits stay so.
+    source: a directory in a published layout, or "owner/name" on the hub.
+    dtype: of the parameters, float32 or bfloat16; None as they are stored.
+      Kernels in 8 bits stay so.
 
   Returns:
     The config, the parameters, and the sorted token ids i32[V'] that the
@@ -106,16 +125,15 @@ def load_drafter(
     WeightsError: another kind of drafter, or a damaged checkpoint.
   """
   directory = huggingface.find_directory(source)
+  fields = huggingface.read_config_fields(directory)
   tensors = _read_tensors(directory)
-  config = read_config(directory, tensors)
-  table = drafter_table(config)
-  stored = quantization.Weights.read(
-    tensors, huggingface.read_config_fields(directory), table
-  )
+  config = _read_config(directory, fields, tensors)
+  ids, rows, extras = _read_ids(directory, fields, tensors, config.vocab_size)
+  stored_table = drafter_table(config, rows)
+  stored = quantization.Weights.read(tensors, fields, stored_table, publish)
   names.check_tensors(
-    stored.shapes(), table, source=str(directory), extras=EXTRAS
+    stored.shapes(), stored_table, source=str(directory), extras=extras
   )
-  ids = _read_vocabulary(directory, config.vocab_size)
   table = drafter_table(config, None if ids is None else ids.size)
 
   def fetch(name: str) -> np.ndarray | Fp8Kernel:
@@ -133,10 +151,10 @@ def save_drafter(
   params: names.Params,
   *,
   draft_vocabulary: np.ndarray | None = None,
-  dtype: str = "bfloat16",
+  dtype: str | None = "bfloat16",
   extra: dict[str, Any] | None = None,
 ) -> None:
-  """Writes a drafter in the published layout, whole or not at all.
+  """Writes a drafter in the release's layout, whole or not at all.
 
   Args:
     directory: where; an earlier drafter there is replaced, but a directory
@@ -145,29 +163,35 @@ def save_drafter(
     params: its parameters, in any float dtype, kernels also in 8 bits.
     draft_vocabulary: i32[V'], sorted ids that its head keeps; None for all.
       What `params` lack of other tokens is zero in the file.
-    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits.
+    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits; None
+      as `params` are.
     extra: JSON values to keep in config.json, see write_model.
 
   Raises:
-    WeightsError: parameters that are not this drafter's, or a failed write,
-      after which the earlier drafter is still there.
+    WeightsError: parameters that are not this drafter's, a depth of the target
+      that is not known, or a failed write, after which the earlier drafter is
+      still there.
   """
-  disk_dtype = names.parameter_dtype(dtype)
+  if not config.num_target_layers:
+    raise WeightsError(
+      "num_target_layers is not known, and the release's layout has to say it; "
+      "name the target's directory in --verifier"
+    )
   ids = None
   if draft_vocabulary is not None:
     ids = np.asarray(draft_vocabulary)
-    _check_vocabulary(ids, config.vocab_size, "draft_vocabulary to save")
+    check_vocabulary(ids, config.vocab_size, "draft_vocabulary to save")
   table = drafter_table(config)
   tensors = names.stored_tensors(
     drafter_table(config, None if ids is None else ids.size),
     params,
-    disk_dtype,
+    dtype,
     source="params to save",
   )
   for name, row in table.items():
     if (tensor := tensors[name]).shape != row.shape:
-      tensors[name] = np.zeros(row.shape, disk_dtype)
+      tensors[name] = np.zeros(row.shape, tensor.dtype)
       tensors[name][ids] = tensor
-  fields = drafter_fields(config, disk_dtype.name)
+  fields = drafter_fields(config, names.main_dtype(tensors))
   fields |= quantization.describe(table, tensors)
   write_model(directory, fields, tensors, extra, ids)

@@ -11,12 +11,12 @@ from dflash_jax.weights.fields import MOST_LAYERS, Fields
 from dflash_jax.weights.names import WeightsError
 
 
-class _DraftFields(Fields):
+class DraftFields(Fields):
   """config.json, where `dflash_config` overrides the top level."""
 
   @classmethod
-  def read(cls, directory: pathlib.Path) -> "_DraftFields":
-    top = huggingface.read_config_fields(directory)
+  def merge(cls, top: Fields) -> "DraftFields":
+    """The settings of both places."""
     nested = top.section("dflash_config").values
     stated = {key: value for key, value in nested.items() if value is not None}
     return cls({**top.values, **stated}, top.source, top.remedy)
@@ -82,14 +82,18 @@ def _read_target_width(
 
 
 def read_config(
-  directory: pathlib.Path, tensors: safetensors_file.Tensors
+  directory: pathlib.Path, fields: Fields, tensors: safetensors_file.Tensors
 ) -> DrafterConfig:
-  """The drafter of a checkpoint, whose tensors go by their published names.
+  """The drafter of a checkpoint.
+
+  Args:
+    directory: it, for messages.
+    fields: its settings, in the keys of the release.
+    tensors: by their published names.
 
   Raises:
     WeightsError: another kind of drafter, or settings that contradict.
   """
-  fields = _DraftFields.read(directory)
   architecture = _read_architecture(fields)
   base, scaling = huggingface.read_rotary(fields)
   num_layers = fields.integer("num_hidden_layers", most=MOST_LAYERS)
@@ -115,7 +119,9 @@ def read_config(
       block_size=fields.integer("block_size", 16),
       mask_token_id=fields.integer("mask_token_id", least=0),
       target_layer_ids=taps,
-      num_target_layers=fields.integer("num_target_layers", most=MOST_LAYERS),
+      num_target_layers=fields.integer(
+        "num_target_layers", least=0, most=MOST_LAYERS
+      ),
       target_width=_read_target_width(tensors, directory, len(taps)),
       norm_epsilon=fields.positive("rms_norm_eps"),
       rotary_base=base,

@@ -16,6 +16,11 @@ from dflash_jax.weights.names import (
 # A drafter borrows both from its target; some exporters copy them anyway.
 _BORROWED = r"(model\.)?embed_tokens\.weight|lm_head\.weight"
 EXTRAS = re.compile(f"{ROTARY_BUFFERS}|{_BORROWED}")
+# Package speculators stores the head's rows of a draft vocabulary, and two maps
+# that say which; all its heads are frozen copies of the target's.
+SPECULATORS_EXTRAS = re.compile(
+  rf"{EXTRAS.pattern}|d2t|t2d|verifier_\w+\.weight"
+)
 
 # How other exporters begin, or end, the published names of a drafter's parts.
 _OTHER_NAMES = (

@@ -24,6 +24,7 @@ from dflash_jax.weights import (
   quantization,
   safetensors_file,
 )
+from dflash_jax.weights.draft_vocabulary import maps_of, read_maps
 from dflash_jax.weights.drafter_config import scaling_fields
 from dflash_jax.weights.fields import Fields
 from dflash_jax.weights.model_directory import write_model
@@ -35,6 +36,7 @@ ARCHITECTURES = (
   "Eagle3DraftModel",
   "Eagle3Speculator",
 )
+LAYER = "midlayer"  # beginning of its tensors' names in the release
 _EMBEDDING = "embed_tokens.weight"
 _TAPS = "eagle_aux_hidden_state_layer_ids"
 _EXTRAS = re.compile(r"d2t|t2d|verifier_.*|.*rotary_emb\.inv_freq")
@@ -82,7 +84,7 @@ def eagle3_table(config: Eagle3Config) -> names.Table:
 def _publish(name: str) -> str:
   """The release's name of a tensor, whoever wrote it."""
   name = name.removeprefix("model.")
-  return re.sub(r"^layers\.0\.", "midlayer.", name)
+  return re.sub(r"^layers\.0\.", f"{LAYER}.", name)
 
 
 class _EagleFields(Fields):
@@ -93,7 +95,8 @@ class _EagleFields(Fields):
     top = huggingface.read_config_fields(directory)
     layer = top.section("transformer_layer_config").values
     eagle = top.section("eagle_config").values
-    lifted = {**top.values, **layer, **eagle}
+    own = {"architectures": top.raw("architectures")}
+    lifted = {**top.values, **layer, **eagle, **own}
     return cls(lifted, top.source, top.remedy)
 
 
@@ -130,6 +133,10 @@ def _read_config(
       raise fields.refuse(key, True, "take a drafter trained without it")
   if (depth := fields.integer("num_hidden_layers", 1)) != 1:
     raise fields.refuse("num_hidden_layers", depth, "supported: 1")
+  if "sliding_attention" in fields.items("layer_types", str, []):
+    raise fields.refuse(
+      "layer_types", fields.raw("layer_types"), "take a drafter without windows"
+    )
   base, scaling = huggingface.read_rotary(fields)
   heads = fields.integer("num_attention_heads")
   vocab_size = fields.integer("vocab_size")
@@ -171,39 +178,6 @@ def _read_target_width(
   return tensor.shape[1] // num_taps
 
 
-def _read_head_ids(
-  tensors: safetensors_file.Tensors, config: Eagle3Config, source: str
-) -> np.ndarray | None:
-  """i32[V'], token id of each row of the head; None if rows are ids."""
-  V, size = config.vocab_size, config.draft_vocab_size
-  rows = np.arange(size, dtype=np.int64)
-  offsets = tensors["d2t"].view() if "d2t" in tensors else np.zeros_like(rows)
-  remedy = "fetch the drafter again"
-  if offsets.shape != (size,) or offsets.dtype.kind not in "iu":
-    raise WeightsError(
-      f"{source}: d2t is {offsets.dtype}{list(offsets.shape)}, expected one "
-      f"whole number for each of {size} rows of the head; {remedy}"
-    )
-  if "d2t" not in tensors and size < V:
-    raise WeightsError(
-      f"{source}: d2t is missing, though the head has {size} rows for a "
-      f"vocabulary of {V}; {remedy}"
-    )
-  ids = rows + offsets.astype(np.int64)
-  if ids.min() < 0 or ids.max() >= V or len(np.unique(ids)) < size:
-    raise WeightsError(
-      f"{source}: d2t leads to ids {ids.min()}..{ids.max()}, expected {size} "
-      f"different ones of 0..{V - 1}; {remedy}"
-    )
-  if size < V and "t2d" in tensors:
-    kept = tensors["t2d"].view().astype(bool)
-    if not np.array_equal(np.flatnonzero(kept), np.sort(ids)):
-      raise WeightsError(
-        f"{source}: d2t and t2d name different tokens; {remedy}"
-      )
-  return None if np.array_equal(ids, np.arange(V)) else ids.astype(np.int32)
-
-
 def load_eagle3(
   source: str | os.PathLike[str],
   dtype: Any = "float32",
@@ -213,7 +187,8 @@ def load_eagle3(
 
   Args:
     source: a directory in either published layout, or "owner/name" on the hub.
-    dtype: of the parameters, float32 or bfloat16; kernels in 8 bits stay so.
+    dtype: of the parameters, float32 or bfloat16; None as they are stored.
+      Kernels in 8 bits stay so.
     num_target_layers: depth of the target, which tells the taps where
       config.json names none.
 
@@ -226,13 +201,14 @@ def load_eagle3(
   config = _read_config(directory, tensors, num_target_layers)
   table = eagle3_table(config)
   known = quantization.Weights.read(
-    tensors, huggingface.read_config_fields(directory), table
+    tensors, huggingface.read_config_fields(directory), table, _publish
   )
   names.check_tensors(
     known.shapes(), table, source=str(directory), extras=_EXTRAS
   )
   params = names.build_tree(table, known.fetch, dtype)
-  ids = _read_head_ids(tensors, config, str(directory))
+  sizes = (config.draft_vocab_size, config.vocab_size)
+  ids = read_maps(tensors, *sizes, str(directory))
   if ids is not None:
     params["head_ids"] = jnp.asarray(ids)
   return config, params
@@ -274,7 +250,7 @@ def save_eagle3(
   config: Eagle3Config,
   params: names.Params,
   *,
-  dtype: str = "bfloat16",
+  dtype: str | None = "bfloat16",
   extra: dict[str, Any] | None = None,
 ) -> None:
   """Writes an EAGLE-3 drafter in the release's layout, whole or not at all.
@@ -285,25 +261,28 @@ def save_eagle3(
     config: the drafter.
     params: its parameters, kernels also in 8 bits; a borrowed embedding among
       them is left out.
-    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits.
+    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits; None
+      as `params` are.
     extra: JSON values to keep in config.json, see write_model.
 
   Raises:
     WeightsError: parameters that are not this drafter's, or a failed write.
   """
-  disk_dtype = names.parameter_dtype(dtype)
   table = eagle3_table(config)
-  borrowed = set() if config.own_embedding else {"embedding"}
-  tensors = names.stored_tensors(
-    table,
-    {k: v for k, v in params.items() if k not in borrowed | {"head_ids"}},
-    disk_dtype,
-    source="params to save",
-  )
-  rows = np.arange(config.draft_vocab_size, dtype=np.int64)
-  ids = np.asarray(params.get("head_ids", rows), np.int64)
-  tensors["d2t"] = ids - rows
-  tensors["t2d"] = np.isin(np.arange(config.vocab_size), ids)
-  fields = eagle3_fields(config, disk_dtype.name)
+  tensors = eagle3_tensors(config, params, dtype)
+  fields = eagle3_fields(config, names.main_dtype(tensors))
   fields |= quantization.describe(table, tensors)
+  rows = np.arange(config.draft_vocab_size)
+  tensors |= maps_of(params.get("head_ids", rows), config.vocab_size)
   write_model(directory, fields, tensors, extra)
+
+
+def eagle3_tensors(
+  config: Eagle3Config, params: names.Params, dtype: Any
+) -> dict[str, np.ndarray]:
+  """What a file stores of the parameters but the maps; see `save_eagle3`."""
+  left = {"head_ids"} if config.own_embedding else {"head_ids", "embedding"}
+  kept = {name: part for name, part in params.items() if name not in left}
+  return names.stored_tensors(
+    eagle3_table(config), kept, dtype, source="params to save"
+  )

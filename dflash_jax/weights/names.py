@@ -22,6 +22,7 @@ and lies as files have it. Parts of a drafter are in drafter_names.py; a layer's
 convolutions lie beside its attention and mlp.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,6 +226,16 @@ def parameter_dtype(dtype: Any) -> np.dtype:
   return parsed
 
 
+def main_dtype(tensors: Mapping[str, np.ndarray]) -> str:
+  """The dtype of most stored numbers but those in 8 bits, and their scales."""
+  sizes: dict[str, int] = collections.Counter()
+  for name, tensor in tensors.items():
+    is_scale = name.endswith(SCALE) and name.removesuffix(SCALE) in tensors
+    if tensor.dtype != FP8 and not is_scale:
+      sizes[tensor.dtype.name] += tensor.size
+  return max(sizes, key=lambda dtype: sizes[dtype])
+
+
 def place(stored: np.ndarray, transpose: bool, dtype: Any) -> jax.Array:
   """One stored tensor as a parameter: laid out, converted, its own copy."""
   laid_out = stored.T if transpose else stored
@@ -240,9 +251,10 @@ def build_tree(
     table: what to build.
     fetch: gives a stored tensor, in its stored shape, by name; or a kernel in 8
       bits, which stays as it is.
-    dtype: of the parameters.
+    dtype: of the parameters; None as they are stored.
   """
-  dtype = parameter_dtype(dtype)
+  if dtype is not None:
+    dtype = parameter_dtype(dtype)
   tree: Params = {}
   for name, row in table.items():
     *parents, last = row.path
@@ -276,12 +288,16 @@ def stored_tensors(
 ) -> dict[str, np.ndarray]:
   """The inverse of `build_tree`: named tensors as a file stores them.
 
-  A kernel in 8 bits makes two, its scale as f32[F, 1] behind it.
+  A kernel in 8 bits makes two, its scale as f32[F, 1] behind it. With a
+  dtype of None the others stay as they are.
 
   Raises:
+    ValueError: a dtype that parameters cannot have.
     WeightsError: the tree lacks a parameter of the table, has another one,
       or one of another shape.
   """
+  if dtype is not None:
+    dtype = parameter_dtype(dtype)
   leaves = dict(_leaves(params))
   names = {row.path: name for name, row in table.items()}
   found: dict[str, tuple[int, ...]] = {}

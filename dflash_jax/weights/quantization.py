@@ -15,6 +15,7 @@ quant_config.py (the keys); a scale's shape, vLLM's CompressedTensorsW8A8Fp8.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -195,13 +196,20 @@ class Weights:
   quantized: frozenset[str]
 
   @classmethod
-  def read(cls, tensors: Tensors, fields: Fields, table: Table) -> "Weights":
+  def read(
+    cls,
+    tensors: Tensors,
+    fields: Fields,
+    table: Table,
+    publish: Callable[[str], str] = str,
+  ) -> "Weights":
     """Checks that tensors, config.json and each other agree on what is e4m3.
 
     Args:
       tensors: of a checkpoint, by their published names.
       fields: of its config.json.
       table: of its network.
+      publish: gives the published name of a tensor that config.json names.
 
     Raises:
       WeightsError: another scheme, a kernel that is not as config.json says,
@@ -209,12 +217,8 @@ class Weights:
     """
     quantized: frozenset[str] = frozenset()
     if fields.raw(CONFIG) is not None:
-      ignored = _read_ignored(fields)
-      quantized = frozenset(
-        name
-        for name in quantizable(table) & tensors.keys()
-        if name.removesuffix(_WEIGHT) not in ignored
-      )
+      ignored = {publish(layer + _WEIGHT) for layer in _read_ignored(fields)}
+      quantized = (quantizable(table) & tensors.keys()) - ignored
     for name in sorted(quantized):
       _check_scale(tensors, name)
     for name, tensor in tensors.items():

@@ -51,7 +51,7 @@ def save_target(
   config: TargetConfig,
   params: names.Params,
   *,
-  dtype: str = "bfloat16",
+  dtype: str | None = "bfloat16",
   extra: dict[str, Any] | None = None,
 ) -> None:
   """Writes network and parameters, whole or not at all; no tokenizer.
@@ -62,19 +62,17 @@ def save_target(
     config: the network.
     params: its parameters, embedding and head included; a tied head, being the
       embedding, is not stored. Kernels may be in 8 bits, for a drafter.
-    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits.
+    dtype: on disk, "bfloat16" or "float32", of all that is not in 8 bits; None
+      as `params` are.
     extra: JSON values to keep in config.json, see write_model.
 
   Raises:
     WeightsError: parameters that are not this network's, or a failed write.
   """
-  disk_dtype = names.parameter_dtype(dtype)
-  fields = target_fields(config, disk_dtype.name)
   if config.tied_head:
     params = {name: x for name, x in params.items() if name != "head"}
   table = names.target_table(config)
-  tensors = names.stored_tensors(
-    table, params, disk_dtype, source="params to save"
-  )
+  tensors = names.stored_tensors(table, params, dtype, source="params to save")
+  fields = target_fields(config, names.main_dtype(tensors))
   fields |= quantization.describe(table, tensors)
   write_model(directory, fields, tensors, extra)

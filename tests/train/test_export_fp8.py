@@ -72,7 +72,8 @@ def test_every_kind_of_drafter_decodes_in_8_bits(tmp_path, kind):
 
 def test_8_bits_halve_the_bytes_of_bfloat16(tmp_path):
   source = save_tiny_drafter(tmp_path / "whole", width=64, mlp_width=256)
-  exported = convert(source, str(tmp_path / "small"), quantize="fp8")
+  small = str(tmp_path / "small")
+  exported = convert(source, small, dtype="bfloat16", quantize="fp8")
   params = weights.load_drafter(source)[1]
   leaves = jax.tree.leaves(params)
   numbers = sum(leaf.size for leaf in leaves)
@@ -133,18 +134,25 @@ def test_what_cannot_be_quantised_is_named(
   assert not (tmp_path / "new").exists()
 
 
-def test_the_program_says_what_8_bits_save(tmp_path):
+def test_the_program_says_what_8_bits_save_in_any_layout(tmp_path):
   source = save_tiny_drafter(tmp_path / "whole")
   done = run_module(
     "train.export",
     f"--drafter={source}",
     f"--output={tmp_path / 'small'}",
     "--quantize=fp8",
+    "--dtype=float32",
+    "--layout=speculators",
+    "--verifier=owner/target",
   )
   assert done.returncode == 0, done.stderr
+  values = json.loads((tmp_path / "small" / "config.json").read_text())
+  assert values["speculators_model_type"] == "dflash"
+  verifier = values["speculators_config"]["verifier"]
+  assert verifier["name_or_path"] == "owner/target"
   first, second = done.stdout.splitlines()
   assert f"{tmp_path / 'small'}: " in first and "parameters in" in first
-  assert "in bfloat16; L2 caches: H100 50 MiB, B200 126 MiB" in second
+  assert "MiB without; L2 caches: H100 50 MiB, B200 126 MiB" in second
 
 
 def test_bytes_of_a_drafter_do_not_count_what_it_borrows(tmp_path):
