@@ -58,27 +58,33 @@ class _Actor:
 
   def read(self, laws: Sequence[Sampling]) -> None:
     """Prompts of each length of piece, each twice: the second finds pages."""
-    for law in laws:
-      piece = MIN_CHUNK
-      while piece <= self.lane.chunk:
-        prompt = self._prompt(piece)
-        for _ in range(2):
-          self._send(prompt, 1, law)
-          self.engine.run()
-        piece *= 2
+    lengths, piece = [self.page + 1], MIN_CHUNK  # at least one fills a page
+    while piece <= self.lane.chunk:
+      lengths.append(piece)
+      piece *= 2
+    for law, length in itertools.product(laws, lengths):
+      prompt = self._prompt(length)
+      for _ in range(2):
+        self._send(prompt, 1, law)
+        self.engine.run()
 
   def decode(self, laws: Sequence[Sampling]) -> None:
     """Batches of each size, drafting or not, whose replies fill a page.
 
-    What the first dispatch does is imposed on the lane: what its policy would
-    choose depends on costs and drafts, and so on the day.
+    What dispatches do is imposed on the lane until all rows decode: what its
+    policy would choose depends on costs and drafts, and so on the day.
     """
     budget = min(_REPLY, self.longest)
     ways = (True, False) if self.lane.decoder.policy.rests else (True,)
     for law, size, drafts in itertools.product(laws, self.sizes, ways):
       for _ in range(size):
         self._send(self._prompt(self.page - 1), budget, law)
-      self.lane.wants_drafts = drafts
+      while True:
+        is_last = not self.engine.usage().waiting and not self.lane.reading
+        self.lane.wants_drafts = drafts
+        self.engine.step()
+        if is_last:
+          break
       self.engine.run()
 
   def resize(self) -> None:

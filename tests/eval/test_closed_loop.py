@@ -254,7 +254,9 @@ def test_nothing_is_compiled_while_the_clock_runs(width):
 @pytest.mark.slow
 def test_every_size_law_and_way_to_decode_is_rehearsed():
   """Drafting or not, whatever the policy would have made of it."""
-  model = near_model(vocab=263, max_length=200, width="goodput")
+  model = near_model(
+    vocab=263, max_length=200, prefill_chunk=64, width="goodput"
+  )
   config = dataclasses.replace(CONFIG, sizes=(1, 3), max_new_tokens=24)
   laws = (GREEDY, Sampling(temperature=0.8, top_p=0.95))
   mode = MODES["speculative+shared"]
