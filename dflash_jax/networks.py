@@ -268,21 +268,32 @@ class DrafterConfig:
 
   def check_target(self, target: TargetConfig) -> None:
     """Raises ConfigError, naming both numbers, if `target` does not fit."""
-    pairs = {
-      "width of the target": (self.target_width, target.width),
-      "vocabulary": (self.vocab_size, target.vocab_size),
-      "target layers": (self.num_target_layers, target.num_layers),
-      "drafter width (it borrows the target's head)": (
-        self.width,
-        target.width,
-      ),
-    }
-    for what, (ours, theirs) in pairs.items():
-      if ours != theirs:
-        raise ConfigError(
-          f"drafter and target do not match: {what} is {ours} in the drafter "
-          f"and {theirs} in the target; use the drafter trained for this target"
-        )
+    for misfit in self.misfits(target):
+      raise ConfigError(misfit)
+
+  def misfits(self, target: TargetConfig) -> list[str]:
+    """Why `target` does not fit, naming both numbers each time."""
+    return _compare(
+      {
+        "width of the target": (self.target_width, target.width),
+        "vocabulary": (self.vocab_size, target.vocab_size),
+        "target layers": (self.num_target_layers, target.num_layers),
+        "drafter width (it borrows the target's head)": (
+          self.width,
+          target.width,
+        ),
+      }
+    )
+
+
+def _compare(pairs: dict[str, tuple[int, int]]) -> list[str]:
+  """A complaint for each pair of a drafter's number and its target's."""
+  return [
+    f"drafter and target do not match: {what} is {ours} in the drafter and "
+    f"{theirs} in the target; use the drafter trained for this target"
+    for what, (ours, theirs) in pairs.items()
+    if ours != theirs
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +343,11 @@ class Eagle3Config:
 
   def check_target(self, target: TargetConfig) -> None:
     """Raises ConfigError, naming both numbers, if `target` does not fit."""
+    for misfit in self.misfits(target):
+      raise ConfigError(misfit)
+
+  def misfits(self, target: TargetConfig) -> list[str]:
+    """Why `target` does not fit, naming both numbers each time."""
     pairs = {
       "width of the target": (self.target_width, target.width),
       "vocabulary": (self.vocab_size, target.vocab_size),
@@ -339,15 +355,9 @@ class Eagle3Config:
     if not self.own_embedding:
       borrowed = (self.width, target.width)
       pairs["drafter width (it borrows the target's embedding)"] = borrowed
-    for what, (ours, theirs) in pairs.items():
-      if ours != theirs:
-        raise ConfigError(
-          f"drafter and target do not match: {what} is {ours} in the drafter "
-          f"and {theirs} in the target; use the drafter trained for this target"
-        )
-    for tap in self.target_layer_ids:
-      if not 0 <= tap < target.num_layers:
-        raise ConfigError(
-          f"tap {tap} is outside the target's layers 0..."
-          f"{target.num_layers - 1}; use the drafter trained for this target"
-        )
+    return _compare(pairs) + [
+      f"tap {tap} is outside the target's layers 0...{target.num_layers - 1}; "
+      "use the drafter trained for this target"
+      for tap in self.target_layer_ids
+      if not 0 <= tap < target.num_layers
+    ]

@@ -37,18 +37,25 @@ def read_drafter_config(source: str | os.PathLike[str]) -> DrafterConfig:
     WeightsError: another kind of drafter, or an incomplete checkpoint.
   """
   directory = huggingface.find_directory(source)
-  return read_config(directory, _read_tensors(directory))
+  return read_config(directory, read_tensors(directory))
 
 
-def _read_tensors(directory: pathlib.Path) -> safetensors_file.Tensors:
-  """The stored tensors, by their published names."""
-  stored = safetensors_file.read_checkpoint(directory)
+def read_tensors(
+  directory: pathlib.Path, on_error: names.OnError = names.give_up
+) -> safetensors_file.Tensors:
+  """The stored tensors, by their published names.
+
+  `on_error` is as in `safetensors_file.read_safetensors`.
+  """
+  stored = safetensors_file.read_checkpoint(directory, on_error)
   tensors: safetensors_file.Tensors = {}
   for name, tensor in stored.items():
     published = publish(name)
     if published in tensors:
-      raise WeightsError(
-        f"{tensor.path}: holds {published} twice, once as {name}; keep one"
+      on_error(
+        WeightsError(
+          f"{tensor.path}: holds {published} twice, once as {name}; keep one"
+        )
       )
     tensors[published] = tensor
   return tensors
@@ -71,9 +78,10 @@ def _check_vocabulary(ids: np.ndarray, vocab_size: int, source: str) -> None:
     )
 
 
-def _read_vocabulary(
+def read_vocabulary(
   directory: pathlib.Path, vocab_size: int
 ) -> np.ndarray | None:
+  """The draft vocabulary i32[V'] beside a drafter of `vocab_size` tokens."""
   path = directory / VOCABULARY_FILE
   if not path.exists():
     return None
@@ -106,7 +114,7 @@ def load_drafter(
     WeightsError: another kind of drafter, or a damaged checkpoint.
   """
   directory = huggingface.find_directory(source)
-  tensors = _read_tensors(directory)
+  tensors = read_tensors(directory)
   config = read_config(directory, tensors)
   table = drafter_table(config)
   stored = quantization.Weights.read(
@@ -115,7 +123,7 @@ def load_drafter(
   names.check_tensors(
     stored.shapes(), table, source=str(directory), extras=EXTRAS
   )
-  ids = _read_vocabulary(directory, config.vocab_size)
+  ids = read_vocabulary(directory, config.vocab_size)
   table = drafter_table(config, None if ids is None else ids.size)
 
   def fetch(name: str) -> np.ndarray | Fp8Kernel:

@@ -240,7 +240,7 @@ def read_target_config(
     raise WeightsError(f"{fields.source}: {error}; {_CONFIG_REMEDY}") from error
 
 
-def _drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
+def drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
   """Removes a stored head that is the embedding, as the config promised."""
   head = tensors.get("lm_head.weight")
   embedding = tensors.get("model.embed_tokens.weight")
@@ -277,7 +277,7 @@ def load_target(
   config = read_target_config(directory, drafts)
   tensors = safetensors_file.read_checkpoint(directory)
   if config.tied_head:
-    _drop_tied_copy(tensors)
+    drop_tied_copy(tensors)
   table = names.target_table(config)
   stored = quantization.Weights.read(
     tensors, read_config_fields(directory), table
