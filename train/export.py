@@ -2,11 +2,13 @@
 
     python -m train.export --workdir=runs/cpu --output=drafter
     python -m train.export --drafter=drafter --output=small --quantize=fp8
+    python -m train.export --drafter=drafter --output=card --model_card
 
 A block drafter's vocabulary goes into a file of its own beside the weights;
 EAGLE-3 has a place for it. A small language model is written whole: tables that
 it borrows are copied from the target. --drafter takes one that is in the layout
-already; --quantize=fp8 stores kernels in 8 bits, see docs/fp8.md.
+already; --quantize=fp8 stores kernels in 8 bits, see docs/fp8.md. --model_card
+adds a README.md with results of eval.main, see docs/interchange.md.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from pallas_kernels.devices import cache_sizes
 from train.checkpoint import CheckpointError, Checkpoints, quieten_orbax
 from train.design import Trainable, make_drafter
 from train.files import FileError
+from train.model_card import read_results, write_card
 from train.record import read_config, read_run
 
 Ids = tuple[int, ...] | None  # a draft vocabulary
@@ -307,6 +310,11 @@ def define_flags() -> None:
   )
   flags.DEFINE_string("dtype", "bfloat16", "On disk: bfloat16 or float32.")
   flags.DEFINE_string("quantize", "", "fp8 for kernels in 8 bits.")
+  flags.DEFINE_bool("model_card", False, "Write a README.md beside it.")
+  flags.DEFINE_list(
+    "results", [], "Files that eval.main --json_out wrote, for the card."
+  )
+  flags.DEFINE_string("license", "", "For the card, such as apache-2.0.")
 
 
 def main(_: Config) -> None:
@@ -316,6 +324,9 @@ def main(_: Config) -> None:
     raise ConfigError("give one of --workdir=DIR, a run, and --drafter=DIR")
   if not values.output:
     raise ConfigError("--output=DIR is missing")
+  if (values.results or values.license) and not values.model_card:
+    raise ConfigError("--results and --license are for --model_card; add that")
+  results = read_results(values.results)
   quieten_orbax()
   how = (values.dtype, values.quantize)
   if values.drafter:
@@ -332,6 +343,9 @@ def main(_: Config) -> None:
   )
   if values.quantize:
     print(_beside_caches(exported, values.dtype))
+  if values.model_card:
+    config = read_config(values.workdir) if values.workdir else None
+    write_card(values.output, results, config=config, license_id=values.license)
 
 
 def _beside_caches(exported: Exported, dtype: str) -> str:

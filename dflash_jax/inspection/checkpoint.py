@@ -95,14 +95,13 @@ def inspect(
   wanted = None if isinstance(target, str) else target
   with report.guard():
     wanted = fit.read_target(target) if isinstance(target, str) else target
-  network: facts.Network | None
   with report.guard():
     if path := fit.find_gguf(str(source)):
-      network = _inspect_gguf(report, path)
+      _inspect_gguf(report, path)
     else:
-      network = _inspect_directory(report, find_directory(source), wanted)
-    if network is not None and wanted is not None:
-      fit.compare(report, network, wanted)
+      _inspect_directory(report, find_directory(source), wanted)
+    if report.network is not None and wanted is not None:
+      fit.compare(report, report.network, wanted)
   return report
 
 
@@ -111,8 +110,8 @@ def inspect(
 
 def _inspect_directory(
   report: Report, directory: pathlib.Path, target: fit.Target | None
-) -> facts.Network | None:
-  """Fills the report; gives the network, unless its settings are at fault."""
+) -> None:
+  """Fills the report."""
   with report.guard():
     files.note_files(report, directory)
   name = "dflash"
@@ -138,11 +137,11 @@ def _inspect_directory(
     for tensor in tensors:
       _check_values(report, tensor, scan(tensors[tensor]), may_be_zero=True)
   if not settings.is_sound:
-    return None
+    return
+  report.network = network
   with report.guard():
     report.facts |= facts.describe(network)
     _check_vocabulary(report, directory, tensors, network)
-  return network
 
 
 def _add_facts(
@@ -260,8 +259,8 @@ def _check_vocabulary(
 # --- A GGUF file --------------------------------------------------------------
 
 
-def _inspect_gguf(report: Report, path: pathlib.Path) -> facts.Network:
-  """Fills the report; gives the network."""
+def _inspect_gguf(report: Report, path: pathlib.Path) -> None:
+  """Fills the report."""
   file = read_gguf(path)
   report.facts["layout"] = f"GGUF, {path.name}"
   dtypes: collections.Counter[str] = collections.Counter()
@@ -270,6 +269,7 @@ def _inspect_gguf(report: Report, path: pathlib.Path) -> facts.Network:
   size = sum(tensor.data.nbytes for tensor in file.tensors.values())
   report.facts |= facts.weights_facts(dtypes, size)
   network = gguf.read_gguf_config(file)
+  report.network = network
   report.kind, report.title = "lm", facts.title_of(network)
   report.facts |= facts.describe(network)
   table = names.target_table(network, "gguf")
@@ -281,11 +281,10 @@ def _inspect_gguf(report: Report, path: pathlib.Path) -> facts.Network:
       "numbers were not looked at: pip install dflash_jax[demo] brings the "
       "package gguf, which decodes them"
     )
-    return network
+    return
   for name in sorted(found.keys() & table.keys()):
     may_be_zero = table[name].path[-1] not in ("kernel", "scale")
     _check_values(report, name, _scan_gguf(file.tensors[name]), may_be_zero)
-  return network
 
 
 def _scan_gguf(tensor: GGUFTensor) -> Values:

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dflash_jax.config import ConfigError
+from dflash_jax.config import ConfigError, DrafterConfig, TargetConfig
+from dflash_jax.networks import Eagle3Config
 from dflash_jax.tokenizer import TokenizerError
 from dflash_jax.weights import WeightsError
 
@@ -25,6 +26,7 @@ class Report:
     problems: what keeps it from being what it says it is.
     notes: what is worth knowing and keeps it from nothing.
     subjects: settings and tensors that a problem names.
+    network: as its settings say; None where they are at fault.
   """
 
   path: str
@@ -34,6 +36,7 @@ class Report:
   problems: list[str] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
   subjects: set[str] = dataclasses.field(default_factory=set)
+  network: DrafterConfig | Eagle3Config | TargetConfig | None = None
 
   @property
   def is_sound(self) -> bool:
