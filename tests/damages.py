@@ -488,6 +488,11 @@ DAMAGES: dict[str, Damage] = {
   "config too deep": Damage(
     "target", put(CONFIG, b"[" * 10**6), (CONFIG, "not readable as JSON")
   ),
+  "config nested a hundred times": Damage(
+    "dflash",
+    setting(extra=json.loads("[" * 99 + "]" * 99)),
+    (CONFIG, "nested deeper than 64"),
+  ),
   "config a list": Damage(
     "dflash", put(CONFIG, b"[1]"), (CONFIG, "holds list")
   ),

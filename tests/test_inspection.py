@@ -1,5 +1,6 @@
 """Inspection: what a checkpoint is, and what is wrong with it, by name."""
 
+import copy
 import io
 import json
 import os
@@ -279,6 +280,17 @@ def test_a_link_out_of_the_directory_is_named(damaged, tmp_path):
   assert any("config.json is a link out" in note for note in report.notes)
 
 
+def test_links_of_the_hubs_cache_are_at_home(sound, tmp_path):
+  blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+  blobs.mkdir()
+  snapshot.mkdir(parents=True)
+  for number, file in enumerate(sorted(sound["dflash"].iterdir())):
+    shutil.copy(file, blobs / str(number))
+    (snapshot / file.name).symlink_to(pathlib.Path("../../blobs") / str(number))
+  report = inspect(snapshot)
+  assert report.is_sound and not any("link" in note for note in report.notes)
+
+
 # --- The target ---------------------------------------------------------------
 
 
@@ -384,6 +396,47 @@ def test_no_bytes_make_it_fail(sound, tmp_path, kind):
       found += not report.is_sound
       assert not report.is_sound  # what cannot be loaded is told
     (place / name).write_bytes(whole)
+  assert found > 40
+
+
+ODD = (
+  None, True, 0, -1, 1, 7, 10**9, 10**30, 10**400, 0.5, 1e308, float("nan"), "",
+  "x", "\ud800", "float32", [], [1], ["x"], [[1]], {}, {"a": 1}, [0] * 99,
+)  # fmt: skip
+
+
+def places(value, found):
+  """Every container in a JSON value, with its keys."""
+  keys = list(value) if isinstance(value, dict) else range(len(value))
+  for key in keys:
+    found.append((value, key))
+    if isinstance(value[key], dict | list):
+      places(value[key], found)
+  return found
+
+
+@pytest.mark.parametrize("kind", ["dflash2", "dspark", "eagle3", "tied", "fp8"])
+def test_no_settings_make_it_fail(sound, tmp_path, kind):
+  rng = np.random.default_rng(23)
+  place = tmp_path / "copy"
+  shutil.copytree(sound[kind], place)
+  whole = json.loads((place / CONFIG).read_text())
+  found = 0
+  for _ in range(80):
+    values = json.loads(json.dumps(whole))
+    for _ in range(rng.integers(1, 4)):
+      spots = places(values, [])
+      container, key = spots[rng.integers(len(spots))]
+      container[key] = copy.deepcopy(ODD[rng.integers(len(ODD))])
+    (place / CONFIG).write_text(json.dumps(values))
+    report = inspect(place)
+    json.dumps(report.to_json(), allow_nan=False)
+    assert not [x for x in report.problems if "not readable, " in x]
+    try:
+      damages.load(str(place))
+    except weights.WeightsError:
+      found += 1
+      assert not report.is_sound
   assert found > 40
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from dflash_jax.weights import WeightsError
 
 # Problems shown of one report; --json gives all.
 _MOST_SHOWN = 40
+_LONGEST_LINE = 2000
 
 
 @dataclasses.dataclass
@@ -37,6 +39,7 @@ class Report:
   notes: list[str] = dataclasses.field(default_factory=list)
   subjects: set[str] = dataclasses.field(default_factory=set)
   network: DrafterConfig | Eagle3Config | TargetConfig | None = None
+  _told: set[str] = dataclasses.field(default_factory=set)
 
   @property
   def is_sound(self) -> bool:
@@ -44,8 +47,9 @@ class Report:
 
   def add_problem(self, text: str, subject: str = "") -> None:
     """Adds a problem, once."""
-    if (line := _plain(text)) not in self.problems:
+    if (line := _plain(text)) not in self._told:
       self.problems.append(line)
+      self._told.add(line)
     if subject:
       self.subjects.add(subject)
 
@@ -77,7 +81,8 @@ class Report:
       "sound": self.is_sound,
       "kind": self.kind,
       "title": self.title,
-      "facts": self.facts,
+      # JSON has no NaN, which a file may have put into its own provenance.
+      "facts": json.loads(json.dumps(self.facts), parse_constant=str),
       "problems": self.problems,
       "notes": self.notes,
     }
@@ -113,6 +118,8 @@ def _show(value: Any) -> str:
 
 def _plain(text: str) -> str:
   """One line without control characters, which files could use to mislead."""
+  if len(text) > _LONGEST_LINE:
+    text = f"{text[:_LONGEST_LINE]}..."
   return "".join(
     c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
   )

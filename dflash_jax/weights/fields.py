@@ -17,6 +17,7 @@ from dflash_jax.weights.names import WeightsError
 _MOST = 2**31 - 1
 MOST_LAYERS = 4096
 _LONGEST_JSON = 100_000_000  # bytes; the index of the largest model has 10^7
+_DEEPEST_JSON = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,8 @@ def shortest_float(value: float) -> float:
 def parse_json(text: bytes) -> Any:
   """A JSON value; ValueError or RecursionError for one that is unsound.
 
-  Names that are there twice are unsound: readers differ in which one counts.
+  Names that are there twice are unsound, for readers differ in which counts,
+  and so is what is nested deeper than any setting or header.
   """
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,7 +145,18 @@ def parse_json(text: bytes) -> Any:
       values[name] = value
     return values
 
-  return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+  value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+  _check_depth(value, _DEEPEST_JSON)
+  return value
+
+
+def _check_depth(value: Any, left: int) -> None:
+  if not isinstance(value, dict | list):
+    return
+  if not left:
+    raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels")
+  for item in value.values() if isinstance(value, dict) else value:
+    _check_depth(item, left - 1)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
