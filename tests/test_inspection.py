@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,7 +17,10 @@ from dflash_jax import weights
 from dflash_jax.inspect import inspect_all
 from dflash_jax.inspection import inspect
 from dflash_jax.inspection.values import scan
-from dflash_jax.weights.safetensors_file import read_safetensors
+from dflash_jax.weights.safetensors_file import (
+  read_safetensors,
+  write_safetensors,
+)
 from tests import damages
 from tests.commands import ROOT, run_each, run_module
 from tests.damages import CONFIG, DAMAGES, KEY, WEIGHTS, Damage
@@ -103,12 +107,14 @@ def test_a_drafter_is_described(sound):
 
 
 def test_numbers_are_looked_at_in_every_dtype(tmp_path):
-  arrays = {
-    f"{dtype} {value}": np.array([0, value, 1], dtype)
-    for dtype in ("f2", "f4", "f8")
-    for value in (np.nan, -np.inf, 65504, -0.0)
-  } | {f"{dtype} zero": np.array([0, -0.0], dtype) for dtype in ("f2", "f4")}
-  safetensors.numpy.save_file(arrays, tmp_path / "file")
+  largest = {"float16": 65504, "bfloat16": 3e38, "float32": 3e38}
+  arrays = {}
+  for dtype, most in (largest | {"float64": 1e308}).items():
+    for value in (np.nan, -np.inf, most, -most, -0.0):
+      arrays[f"{dtype} {value}"] = np.array([0, value, 1], jnp.dtype(dtype))
+    arrays[f"{dtype} zero"] = np.array([0, -0.0], jnp.dtype(dtype))
+  with (tmp_path / "file").open("wb") as file:
+    write_safetensors(file, arrays)
   for name, tensor in read_safetensors(tmp_path / "file").items():
     values = scan(tensor)
     assert values is not None
@@ -124,6 +130,17 @@ def test_pieces_of_a_tensor_are_all_looked_at(tmp_path, monkeypatch):
   tensors = read_safetensors(tmp_path / "file")
   assert scan(tensors["a"]).not_finite == 2
   assert not scan(tensors["a"]).is_zero and scan(tensors["b"]).is_zero
+
+
+def test_a_layout_is_told_by_its_owner():
+  layouts = {
+    "eagle3/speculators": "speculators",
+    "eagle3/flat": "EAGLE-3's release",
+    "drafter/plain": "the DFlash release",
+    "targets/qwen3": "transformers",
+  }
+  for path, owner in layouts.items():
+    assert owner in inspect(GOLDENS / path).facts["layout"]
 
 
 # --- Damaged ones -------------------------------------------------------------
@@ -202,6 +219,14 @@ def test_a_setting_at_fault_makes_no_other_problems(damaged):
     assert len(report.problems) == 1, report.problems
     assert f"{key} is '?'" in report.problems[0]
     assert any("were not compared" in note for note in report.notes)
+
+
+def test_numbers_are_looked_at_whatever_the_settings(damaged):
+  damage = damages.both(
+    damages.setting(hidden_size="?"), damages.tensor(KEY, lambda x: np.nan * x)
+  )
+  report = inspect(damaged(Damage("dflash", damage, ())))
+  assert [KEY in problem for problem in report.problems] == [False, True]
 
 
 def test_each_missing_tensor_is_named(damaged):
@@ -329,6 +354,13 @@ def test_what_does_not_fit_the_target_is_named(
   target = damaged(Damage("target", damages.setting(**change), ()))
   problems = inspect(sound[kind], target).problems
   assert [words in problem for problem in problems].count(True) == 1, problems
+
+
+def test_the_rotary_of_eagle3s_own_layer_is_its_own(sound, damaged):
+  target = damaged(Damage("target", damages.setting(rope_theta=5.0), ()))
+  report = inspect(sound["eagle3"], target)
+  assert report.is_sound
+  assert any("rotary base is 1000.0" in note for note in report.notes)
 
 
 def test_the_tokenizers_own_words_for_tokens_count(sound, damaged):

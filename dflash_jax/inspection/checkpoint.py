@@ -92,9 +92,10 @@ def inspect(
       fit.read_target made of it.
   """
   report = Report(str(source))
-  wanted = None if isinstance(target, str) else target
-  with report.guard():
-    wanted = fit.read_target(target) if isinstance(target, str) else target
+  wanted = target if isinstance(target, fit.Target) else None
+  if isinstance(target, str):
+    with report.guard():
+      wanted = fit.read_target(target)
   with report.guard():
     if path := fit.find_gguf(str(source)):
       _inspect_gguf(report, path)
@@ -120,6 +121,7 @@ def _inspect_directory(
   kind = _kinds(target)[name]
   tensors = kind.tensors(directory, report.add_error)
   with report.guard():
+    report.facts["layout"] = _layout_of(directory, name)
     _add_facts(report, directory, tensors)
   settings = read_settings(directory, tensors, kind.config, report.add_error)
   network = settings.network
@@ -144,16 +146,22 @@ def _inspect_directory(
     _check_vocabulary(report, directory, tensors, network)
 
 
+def _layout_of(directory: pathlib.Path, kind: str) -> str:
+  """Whose names and settings those are, as far as config.json tells."""
+  fields = huggingface.read_config_fields(directory)
+  if fields.raw("speculators_model_type") is not None:
+    return "that of package speculators, in safetensors"
+  owners = {"dflash": "the DFlash release", "eagle3": "EAGLE-3's release"}
+  return f"that of {owners.get(kind, 'transformers')}, in safetensors"
+
+
 def _add_facts(
   report: Report, directory: pathlib.Path, tensors: Tensors
 ) -> None:
   """What needs no network to be told."""
-  report.facts["layout"] = "safetensors"
   report.facts |= facts.describe_weights(tensors)
   fields = huggingface.read_config_fields(directory)
   files.note_options(report, fields, report.facts["by dtype"])
-  if fields.raw("speculators_model_type") is not None:
-    report.facts["layout"] += ", as package speculators writes them"
   if isinstance(provenance := fields.raw("dflash_jax"), dict):
     report.facts["provenance"] = provenance
   if (stated := fields.raw(quantization.CONFIG)) is not None:
@@ -204,12 +212,13 @@ def _tell(
         name,
       )
   for name in differences.spare:
-    report.add_problem(
-      f"tensor {name} of shape {found[name]} has no place in this network: "
-      "config and weights belong to different checkpoints, or this kind of "
-      "network is not supported",
-      name,
-    )
+    if name not in told:
+      report.add_problem(
+        f"tensor {name} of shape {found[name]} has no place in this network: "
+        "config and weights belong to different checkpoints, or this kind of "
+        "network is not supported",
+        name,
+      )
   for name in differences.misshapen:
     if name not in told:
       report.add_problem(

@@ -133,7 +133,6 @@ def _describe_eagle3(network: Eagle3Config) -> dict[str, Any]:
       "layers": f"at least {max(network.target_layer_ids) + 1}",
       "width": network.target_width,
       "vocabulary": network.vocab_size,
-      "rotary base": network.rotary_base,
     },
   }
 

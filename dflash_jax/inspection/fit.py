@@ -101,11 +101,14 @@ def compare(report: Report, network: Network, target: Target) -> None:
     return
   ours, theirs = network.rotary_base, target.config.rotary_base
   if ours != theirs:
-    report.add_problem(
-      f"{target.source}: drafter and target do not match: rotary base is "
-      f"{ours} in the drafter and {theirs} in the target, and positions are "
-      "the target's; use the drafter trained for this target"
-    )
+    differ = f"rotary base is {ours} in the drafter and {theirs} in the target"
+    if isinstance(network, DrafterConfig):
+      report.add_problem(
+        f"{target.source}: drafter and target do not match: {differ}; use the "
+        "drafter trained for this target"
+      )
+    else:
+      report.add_note(f"{differ}, as EAGLE-3's own layer may have it")
   if network.rotary_scaling != target.config.rotary_scaling:
     report.add_note(
       "rotary is stretched otherwise than the target's: "

@@ -106,7 +106,8 @@ class Report:
 
 def _show(value: Any) -> str:
   if isinstance(value, dict):
-    return "; ".join(f"{key} {_show(item)}" for key, item in value.items())
+    parts = [f"{key} {_show(item)}" for key, item in value.items()]
+    return "; ".join(parts) or "none"
   if isinstance(value, list | tuple):
     return ", ".join(map(_show, value)) or "none"
   if isinstance(value, bool) or value is None:

@@ -253,7 +253,8 @@ def drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
     raise WeightsError(
       f"{head.path}: lm_head.weight differs from model.embed_tokens.weight, "
       "but config.json says tie_word_embeddings; set that to false if the "
-      "head is meant, or remove lm_head.weight"
+      "head is meant, or remove lm_head.weight",
+      "lm_head.weight",
     )
   del tensors["lm_head.weight"]
 
