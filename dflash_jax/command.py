@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dflash_jax import config_file
-from dflash_jax.config import Config, ConfigError
+from dflash_jax.config import ConfigError
 from dflash_jax.prompts import PromptError
 from dflash_jax.tokenizer import TokenizerError
 from dflash_jax.weights import WeightsError
@@ -24,10 +24,11 @@ EXPECTED = (ConfigError, PromptError, TokenizerError, WeightsError)
 
 
 def run(
-  main: Callable[[Config], None],
+  main: Callable[..., None],
   define_flags: Callable[[], None] = lambda: None,
   *,
   errors: tuple[type[Exception], ...] = (),
+  takes_operands: bool = False,
 ) -> NoReturn:
   """Parses flags, --config and its overrides among them, and calls main.
 
@@ -35,9 +36,10 @@ def run(
   any other is a bug and keeps its traceback.
 
   Args:
-    main: takes the config, overrides applied.
+    main: takes the config, overrides applied, and any operands.
     define_flags: defines the program's other flags.
     errors: expected ones, besides those of the library.
+    takes_operands: whether arguments may stand there that are no options.
   """
   expected = EXPECTED + errors
   define_flags()
@@ -57,12 +59,13 @@ def run(
 
   def guarded(arguments: Sequence[str]) -> None:
     try:
-      if len(arguments) > 1:
+      operands = arguments[1:]
+      if operands and not takes_operands:
         raise ConfigError(
-          f"stray argument {arguments[1]!r}; every option starts with --"
+          f"stray argument {operands[0]!r}; every option starts with --"
         )
       config_file.check_values(flags.FLAGS.config)
-      main(flags.FLAGS.config)
+      main(flags.FLAGS.config, *operands)
     except expected as error:
       _fail(error)
     except KeyboardInterrupt:

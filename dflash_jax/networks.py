@@ -270,34 +270,43 @@ class DrafterConfig:
 
   def check_target(self, target: TargetConfig) -> None:
     """Raises ConfigError, naming both numbers, if `target` does not fit."""
-    pairs = {
-      "width of the target": (self.target_width, target.width),
-      "vocabulary": (self.vocab_size, target.vocab_size),
-      "target layers": (
-        self.num_target_layers or target.num_layers,
-        target.num_layers,
-      ),
-      "drafter width (it borrows the target's head)": (
-        self.width,
-        target.width,
-      ),
-    }
-    for what, (ours, theirs) in pairs.items():
-      if ours != theirs:
-        raise ConfigError(
-          f"drafter and target do not match: {what} is {ours} in the drafter "
-          f"and {theirs} in the target; use the drafter trained for this target"
-        )
-    _check_taps(self.target_layer_ids, target)
+    for misfit in self.misfits(target):
+      raise ConfigError(misfit)
+
+  def misfits(self, target: TargetConfig) -> list[str]:
+    """Why `target` does not fit, naming both numbers each time."""
+    depth = self.num_target_layers or target.num_layers
+    return _compare(
+      {
+        "width of the target": (self.target_width, target.width),
+        "vocabulary": (self.vocab_size, target.vocab_size),
+        "target layers": (depth, target.num_layers),
+        "drafter width (it borrows the target's head)": (
+          self.width,
+          target.width,
+        ),
+      }
+    ) + _compare_taps(self.target_layer_ids, target)
 
 
-def _check_taps(taps: tuple[int, ...], target: TargetConfig) -> None:
-  for tap in taps:
-    if not 0 <= tap < target.num_layers:
-      raise ConfigError(
-        f"tap {tap} is outside the target's layers 0..."
-        f"{target.num_layers - 1}; use the drafter trained for this target"
-      )
+def _compare(pairs: dict[str, tuple[int, int]]) -> list[str]:
+  """A complaint for each pair of a drafter's number and its target's."""
+  return [
+    f"drafter and target do not match: {what} is {ours} in the drafter and "
+    f"{theirs} in the target; use the drafter trained for this target"
+    for what, (ours, theirs) in pairs.items()
+    if ours != theirs
+  ]
+
+
+def _compare_taps(taps: tuple[int, ...], target: TargetConfig) -> list[str]:
+  """A complaint for each tap that the target does not have."""
+  return [
+    f"tap {tap} is outside the target's layers 0...{target.num_layers - 1}; "
+    "use the drafter trained for this target"
+    for tap in taps
+    if not 0 <= tap < target.num_layers
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +356,11 @@ class Eagle3Config:
 
   def check_target(self, target: TargetConfig) -> None:
     """Raises ConfigError, naming both numbers, if `target` does not fit."""
+    for misfit in self.misfits(target):
+      raise ConfigError(misfit)
+
+  def misfits(self, target: TargetConfig) -> list[str]:
+    """Why `target` does not fit, naming both numbers each time."""
     pairs = {
       "width of the target": (self.target_width, target.width),
       "vocabulary": (self.vocab_size, target.vocab_size),
@@ -354,10 +368,4 @@ class Eagle3Config:
     if not self.own_embedding:
       borrowed = (self.width, target.width)
       pairs["drafter width (it borrows the target's embedding)"] = borrowed
-    for what, (ours, theirs) in pairs.items():
-      if ours != theirs:
-        raise ConfigError(
-          f"drafter and target do not match: {what} is {ours} in the drafter "
-          f"and {theirs} in the target; use the drafter trained for this target"
-        )
-    _check_taps(self.target_layer_ids, target)
+    return _compare(pairs) + _compare_taps(self.target_layer_ids, target)

@@ -35,6 +35,7 @@ READ_FLAGS = {
   "dflash_jax/__main__.py",
   "dflash_jax/command.py",
   "dflash_jax/decode_flags.py",
+  "dflash_jax/inspect.py",
   "eval/agents.py",
   "eval/main.py",
   "pallas_kernels/bench.py",

@@ -3,6 +3,7 @@
     python -m train.export --workdir=runs/cpu --output=drafter
     python -m train.export --drafter=drafter --output=small --quantize=fp8
     python -m train.export --drafter=drafter --output=other --layout=speculators
+    python -m train.export --drafter=drafter --output=card --model_card
 
 --drafter takes one that is published already, in any layout. --layout=release
 is that of each drafter's own release: a block drafter's vocabulary goes into a
@@ -10,6 +11,7 @@ file of its own beside the weights; EAGLE-3 has a place for it. A small language
 model is written whole: tables that it borrows are copied from the target.
 --layout=speculators is that of the package, which names the target. See
 docs/drafters.md; for --quantize=fp8, kernels in 8 bits, docs/fp8.md.
+--model_card adds a README.md with results of eval.main: docs/interchange.md.
 """
 
 import dataclasses
@@ -34,6 +36,8 @@ from train.drafter_sources import (
   with_verifier,
 )
 from train.files import FileError
+from train.model_card import read_results, write_card
+from train.record import read_config
 
 _MIB = 2**20
 
@@ -273,6 +277,11 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "verifier", "", "The target by the name that other engines know."
   )
+  flags.DEFINE_bool("model_card", False, "Write a README.md beside it.")
+  flags.DEFINE_list(
+    "results", [], "Files that eval.main --json_out wrote, for the card."
+  )
+  flags.DEFINE_string("license", "", "For the card, such as apache-2.0.")
 
 
 def main(_: Config) -> None:
@@ -282,6 +291,9 @@ def main(_: Config) -> None:
     raise ConfigError("give one of --workdir=DIR, a run, and --drafter=DIR")
   if not values.output:
     raise ConfigError("--output=DIR is missing")
+  if (values.results or values.license) and not values.model_card:
+    raise ConfigError("--results and --license are for --model_card; add that")
+  results = read_results(values.results)
   quieten_orbax()
   how = (values.dtype, values.quantize, values.layout, values.verifier)
   if values.drafter:
@@ -298,6 +310,9 @@ def main(_: Config) -> None:
   )
   if values.quantize:
     print(_beside_caches(exported))
+  if values.model_card:
+    config = read_config(values.workdir) if values.workdir else None
+    write_card(values.output, results, config=config, license_id=values.license)
 
 
 def _beside_caches(exported: Exported) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from dflash_jax.config import DrafterConfig
 from dflash_jax.fp8 import Fp8Kernel
 from dflash_jax.weights import (
+  drafter_config,
   huggingface,
   names,
   quantization,
@@ -30,11 +31,7 @@ from dflash_jax.weights.draft_vocabulary import (
   read_maps,
   read_vocabulary,
 )
-from dflash_jax.weights.drafter_config import (
-  DraftFields,
-  drafter_fields,
-  read_config,
-)
+from dflash_jax.weights.drafter_config import DraftFields, drafter_fields
 from dflash_jax.weights.drafter_names import (
   EXTRAS,
   SPECULATORS_EXTRAS,
@@ -56,14 +53,14 @@ def read_drafter_config(source: str | os.PathLike[str]) -> DrafterConfig:
     WeightsError: another kind of drafter, or an incomplete checkpoint.
   """
   directory = huggingface.find_directory(source)
-  fields = huggingface.read_config_fields(directory)
-  return _read_config(directory, fields, _read_tensors(directory))
+  return read_config(directory, read_tensors(directory))
 
 
-def _read_config(
-  directory: pathlib.Path, fields: Fields, tensors: safetensors_file.Tensors
+def read_config(
+  directory: pathlib.Path, tensors: safetensors_file.Tensors
 ) -> DrafterConfig:
   """The drafter that config.json describes, in either layout."""
+  fields = huggingface.read_config_fields(directory)
   match kind := speculators_config.read_type(fields):
     case None:
       published: Fields = DraftFields.merge(fields)
@@ -71,39 +68,63 @@ def _read_config(
       raise fields.refuse(speculators_config.TYPE, kind, "load it as EAGLE-3")
     case _:
       published = speculators_config.release_fields(fields)
-  return read_config(directory, published, tensors)
+  return drafter_config.read_config(directory, published, tensors)
 
 
-def _read_tensors(directory: pathlib.Path) -> safetensors_file.Tensors:
-  """The stored tensors, by their published names."""
-  stored = safetensors_file.read_checkpoint(directory)
+def read_tensors(
+  directory: pathlib.Path, on_error: names.OnError = names.give_up
+) -> safetensors_file.Tensors:
+  """The stored tensors, by their published names.
+
+  `on_error` is as in `safetensors_file.read_safetensors`.
+  """
+  stored = safetensors_file.read_checkpoint(directory, on_error)
   tensors: safetensors_file.Tensors = {}
   for name, tensor in stored.items():
     published = publish(name)
     if published in tensors:
-      raise WeightsError(
-        f"{tensor.path}: holds {published} twice, once as {name}; keep one"
+      on_error(
+        WeightsError(
+          f"{tensor.path}: holds {published} twice, once as {name}; keep one"
+        )
       )
     tensors[published] = tensor
   return tensors
 
 
-def _read_ids(
-  directory: pathlib.Path,
-  fields: Fields,
-  tensors: safetensors_file.Tensors,
-  vocab_size: int,
-) -> tuple[np.ndarray | None, int, re.Pattern[str]]:
-  """The draft vocabulary, rows that tables by token have for it, and extras."""
+def stored_table(
+  fields: Fields, config: DrafterConfig
+) -> tuple[names.Table, re.Pattern[str]]:
+  """Every tensor of a file, and the names of others that may be there.
+
+  Args:
+    fields: config.json, which tells the layout.
+    config: the drafter.
+  """
   if speculators_config.read_type(fields) is None:
-    return read_vocabulary(directory, vocab_size), vocab_size, EXTRAS
+    return drafter_table(config), EXTRAS
   size = speculators_config.read_head_size(fields)
-  if size > vocab_size:
-    raise fields.refuse("draft_vocab_size", size, f"at most {vocab_size}")
-  ids = read_maps(tensors, size, vocab_size, str(directory))
+  if size > config.vocab_size:
+    raise fields.refuse(
+      "draft_vocab_size", size, f"at most {config.vocab_size}"
+    )
+  return drafter_table(config, size), SPECULATORS_EXTRAS
+
+
+def read_ids(
+  directory: pathlib.Path,
+  tensors: safetensors_file.Tensors,
+  config: DrafterConfig,
+) -> np.ndarray | None:
+  """The draft vocabulary i32[V'] of either layout; None for all tokens."""
+  fields = huggingface.read_config_fields(directory)
+  if speculators_config.read_type(fields) is None:
+    return read_vocabulary(directory, config.vocab_size)
+  size = speculators_config.read_head_size(fields)
+  ids = read_maps(tensors, size, config.vocab_size, str(directory))
   if ids is not None:
-    check_vocabulary(ids, vocab_size, f"{directory}, d2t")
-  return ids, size, SPECULATORS_EXTRAS
+    check_vocabulary(ids, config.vocab_size, f"{directory}, d2t")
+  return ids
 
 
 def load_drafter(
@@ -126,14 +147,14 @@ def load_drafter(
   """
   directory = huggingface.find_directory(source)
   fields = huggingface.read_config_fields(directory)
-  tensors = _read_tensors(directory)
-  config = _read_config(directory, fields, tensors)
-  ids, rows, extras = _read_ids(directory, fields, tensors, config.vocab_size)
-  stored_table = drafter_table(config, rows)
-  stored = quantization.Weights.read(tensors, fields, stored_table, publish)
+  tensors = read_tensors(directory)
+  config = read_config(directory, tensors)
+  in_file, extras = stored_table(fields, config)
+  stored = quantization.Weights.read(tensors, fields, in_file, publish)
   names.check_tensors(
-    stored.shapes(), stored_table, source=str(directory), extras=extras
+    stored.shapes(), in_file, source=str(directory), extras=extras
   )
+  ids = read_ids(directory, tensors, config)
   table = drafter_table(config, None if ids is None else ids.size)
 
   def fetch(name: str) -> np.ndarray | Fp8Kernel:

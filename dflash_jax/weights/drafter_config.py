@@ -70,13 +70,15 @@ def _read_target_width(
   if tensor is None or len(tensor.shape) != 2 or not num_taps:
     raise WeightsError(
       f"{directory}: there is no matrix fc.weight for {num_taps} taps; this "
-      "is no DFlash drafter, or its copy is incomplete: fetch it again"
+      "is no DFlash drafter, or its copy is incomplete: fetch it again",
+      "fc.weight",
     )
   if tensor.shape[1] % num_taps or not tensor.shape[1]:
     raise WeightsError(
       f"{tensor.path}: fc.weight has shape {tensor.shape}, which {num_taps} "
       "taps of config.json do not divide; config and weights belong to "
-      "different checkpoints: fetch both from the same place"
+      "different checkpoints: fetch both from the same place",
+      "fc.weight",
     )
   return tensor.shape[1] // num_taps
 
@@ -103,7 +105,9 @@ def read_config(
   softcap = fields.number("final_logit_softcapping", 0.0)
   confidence = tensors.get("confidence_head.proj.weight")
   parts = drafter_parts.read_parts(
-    fields, architecture, max(confidence.shape) if confidence else None
+    fields,
+    architecture,
+    max(confidence.shape, default=0) if confidence else None,
   )
   try:
     return DrafterConfig(

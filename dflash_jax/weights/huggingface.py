@@ -240,7 +240,7 @@ def read_target_config(
     raise WeightsError(f"{fields.source}: {error}; {_CONFIG_REMEDY}") from error
 
 
-def _drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
+def drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
   """Removes a stored head that is the embedding, as the config promised."""
   head = tensors.get("lm_head.weight")
   embedding = tensors.get("model.embed_tokens.weight")
@@ -253,7 +253,8 @@ def _drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
     raise WeightsError(
       f"{head.path}: lm_head.weight differs from model.embed_tokens.weight, "
       "but config.json says tie_word_embeddings; set that to false if the "
-      "head is meant, or remove lm_head.weight"
+      "head is meant, or remove lm_head.weight",
+      "lm_head.weight",
     )
   del tensors["lm_head.weight"]
 
@@ -277,7 +278,7 @@ def load_target(
   config = read_target_config(directory, drafts)
   tensors = safetensors_file.read_checkpoint(directory)
   if config.tied_head:
-    _drop_tied_copy(tensors)
+    drop_tied_copy(tensors)
   table = names.target_table(config)
   stored = quantization.Weights.read(
     tensors, read_config_fields(directory), table

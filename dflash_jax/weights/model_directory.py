@@ -14,6 +14,9 @@ from dflash_jax.weights.atomic import replace_directory
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 VOCABULARY_FILE = "draft_vocabulary.safetensors"
+CARD_FILE = "README.md"
+# In a card that may be replaced, because train.export made it.
+CARD_MARK = "<!-- Made by train.export, which writes it anew. -->"
 _FILES = frozenset({WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE})
 
 Tensors = Mapping[str, np.ndarray]
@@ -46,9 +49,20 @@ def write_model(
   files: dict[str, Tensors] = {WEIGHTS_FILE: tensors}
   if vocabulary is not None:
     files[VOCABULARY_FILE] = {"ids": vocabulary}
-  with replace_directory(pathlib.Path(directory), _FILES) as temporary:
+  with replace_directory(
+    pathlib.Path(directory), _replaceable(pathlib.Path(directory))
+  ) as temporary:
     for name, arrays in files.items():
       with temporary.open(name) as file:
         safetensors_file.write_safetensors(file, arrays)
     with temporary.open(CONFIG_FILE) as file:
       file.write(text.encode())
+
+
+def _replaceable(directory: pathlib.Path) -> frozenset[str]:
+  """Files that a directory may hold and lose: a card only if it was made."""
+  try:
+    is_made = CARD_MARK in (directory / CARD_FILE).read_text(encoding="utf-8")
+  except (OSError, ValueError):
+    return _FILES
+  return _FILES | {CARD_FILE} if is_made else _FILES

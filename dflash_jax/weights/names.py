@@ -23,6 +23,7 @@ convolutions lie beside its attention and mlp.
 """
 
 import collections
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,33 @@ Style = Literal["huggingface", "gguf"]
 
 
 class WeightsError(ValueError):
-  """A checkpoint that cannot be used; names the file, fault and remedy."""
+  """A checkpoint that cannot be used; names the file, fault and remedy.
+
+  Attributes:
+    subject: the setting or tensor at fault, where it is one.
+  """
+
+  def __init__(self, message: str, subject: str = ""):
+    super().__init__(message)
+    self.subject = subject
+
+
+# What a reader does with a fault, before it goes on with what is left.
+OnError = Callable[[WeightsError], None]
+
+
+def give_up(error: WeightsError) -> None:
+  """Raises it: what readers do with a fault unless told otherwise."""
+  raise error
+
+
+@contextlib.contextmanager
+def telling(on_error: OnError) -> Iterator[None]:
+  """Tells `on_error` of the fault that ends the block, if any does."""
+  try:
+    yield
+  except WeightsError as error:
+    on_error(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +197,37 @@ def _some(names: Sequence[str]) -> str:
   return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
 
 
+@dataclasses.dataclass(frozen=True)
+class Differences:
+  """Names of tensors: those a table asks for in vain, and those it refuses."""
+
+  missing: list[str]
+  spare: list[str]
+  misshapen: list[str]
+
+  @classmethod
+  def between(
+    cls,
+    found: Mapping[str, tuple[int, ...]],
+    table: Table,
+    extras: re.Pattern[str] | None = None,
+  ) -> "Differences":
+    """How `found` differs from what `table` asks for; see check_tensors."""
+    return cls(
+      missing=sorted(table.keys() - found.keys()),
+      spare=sorted(
+        name
+        for name in found.keys() - table.keys()
+        if extras is None or not extras.fullmatch(name)
+      ),
+      misshapen=[
+        name
+        for name, row in table.items()
+        if name in found and tuple(found[name]) != row.shape
+      ],
+    )
+
+
 def check_tensors(
   found: Mapping[str, tuple[int, ...]],
   table: Table,
@@ -185,32 +243,26 @@ def check_tensors(
     source: the file or directory, for messages.
     extras: names that may also be there and are ignored.
   """
-  missing = sorted(table.keys() - found.keys())
-  if missing:
+  differences = Differences.between(found, table, extras)
+  if missing := differences.missing:
     raise WeightsError(
       f"{source}: {len(missing)} of {len(table)} tensors are missing: "
       f"{_some(missing)} (shape {table[missing[0]].shape} expected of "
       f"{missing[0]}); the copy is incomplete or its config describes "
       "another network: fetch the checkpoint again, config included"
     )
-  spare = sorted(
-    name
-    for name in found.keys() - table.keys()
-    if extras is None or not extras.fullmatch(name)
-  )
-  if spare:
+  if spare := differences.spare:
     raise WeightsError(
       f"{source}: {len(spare)} tensors have no place in this network: "
       f"{_some(spare)} ({spare[0]} has shape {found[spare[0]]}); its config "
       "describes another network, or this kind of network is not supported"
     )
-  for name, row in table.items():
-    if tuple(found[name]) != row.shape:
-      raise WeightsError(
-        f"{source}: tensor {name} has shape {tuple(found[name])}, but its "
-        f"config asks for {row.shape}; config and weights belong to "
-        "different checkpoints: fetch both from the same place"
-      )
+  for name in differences.misshapen:
+    raise WeightsError(
+      f"{source}: tensor {name} has shape {tuple(found[name])}, but its "
+      f"config asks for {table[name].shape}; config and weights belong to "
+      "different checkpoints: fetch both from the same place"
+    )
 
 
 def parameter_dtype(dtype: Any) -> np.dtype:

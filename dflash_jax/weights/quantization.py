@@ -28,10 +28,13 @@ from dflash_jax.weights.fields import Fields
 from dflash_jax.weights.names import (
   FP8,
   SCALE,
+  OnError,
   Params,
   Path,
   Table,
   WeightsError,
+  give_up,
+  telling,
 )
 from dflash_jax.weights.safetensors_file import StoredTensor, Tensors
 
@@ -202,6 +205,7 @@ class Weights:
     fields: Fields,
     table: Table,
     publish: Callable[[str], str] = str,
+    on_error: OnError = give_up,
   ) -> "Weights":
     """Checks that tensors, config.json and each other agree on what is e4m3.
 
@@ -210,6 +214,7 @@ class Weights:
       fields: of its config.json.
       table: of its network.
       publish: gives the published name of a tensor that config.json names.
+      on_error: told of each fault.
 
     Raises:
       WeightsError: another scheme, a kernel that is not as config.json says,
@@ -217,12 +222,15 @@ class Weights:
     """
     quantized: frozenset[str] = frozenset()
     if fields.raw(CONFIG) is not None:
-      ignored = {publish(layer + _WEIGHT) for layer in _read_ignored(fields)}
-      quantized = (quantizable(table) & tensors.keys()) - ignored
+      with telling(on_error):
+        ignored = {publish(layer + _WEIGHT) for layer in _read_ignored(fields)}
+        quantized = (quantizable(table) & tensors.keys()) - ignored
     for name in sorted(quantized):
-      _check_scale(tensors, name)
+      with telling(on_error):
+        _check_scale(tensors, name)
     for name, tensor in tensors.items():
-      _check_place(tensor, name, quantized)
+      with telling(on_error):
+        _check_place(tensor, name, quantized)
     return cls(tensors, quantized)
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -244,6 +252,16 @@ class Weights:
     _check_sound(kernel, name, str(self.tensors[name].path))
     return kernel
 
+  def check(self, name: str) -> None:
+    """Raises WeightsError for what `fetch` would, without a copy."""
+    if name not in self.quantized:
+      safetensors_file.weight(self.tensors, name)
+      return
+    scale = safetensors_file.weight(self.tensors, name + SCALE)
+    values: Any = self.tensors[name].view()
+    column: Any = scale[:, 0].astype(np.float32)
+    _check_sound(Fp8Kernel(values, column), name, str(self.tensors[name].path))
+
 
 def _check_scale(tensors: Tensors, name: str) -> None:
   """Raises WeightsError unless a kernel is e4m3 and has its scale."""
@@ -252,19 +270,22 @@ def _check_scale(tensors: Tensors, name: str) -> None:
     raise WeightsError(
       f"{tensor.path}: tensor {name} is stored as {tensor.dtype}, but by "
       f"{CONFIG} in config.json it is F8_E4M3; name its layer in ignore, or "
-      f"{_REMEDY}"
+      f"{_REMEDY}",
+      name,
     )
   scale = tensors.get(name + SCALE)
   if scale is None:
     raise WeightsError(
       f"{tensor.path}: {name}{SCALE} is missing, and without it {name} says "
-      f"nothing; {_REMEDY}"
+      f"nothing; {_REMEDY}",
+      name,
     )
   expected = (*tensor.shape[:1], 1)
   if scale.shape != expected:
     raise WeightsError(
       f"{scale.path}: {name}{SCALE} has shape {scale.shape}, expected "
-      f"{expected}, a number for each row of {name}; {_REMEDY}"
+      f"{expected}, a number for each row of {name}; {_REMEDY}",
+      name,
     )
 
 
@@ -276,11 +297,13 @@ def _check_place(
     raise WeightsError(
       f"{tensor.path}: tensor {name} is stored as F8_E4M3, but config.json "
       f"does not say so ({CONFIG}, less its ignore), or it is a head or table, "
-      f"which stay as they are; {_REMEDY}"
+      f"which stay as they are; {_REMEDY}",
+      name,
     )
   kernel = name.removesuffix(SCALE)
   if name == kernel + SCALE and kernel not in quantized:
     raise WeightsError(
       f"{tensor.path}: {name} is a scale of shape {tensor.shape}, but {kernel} "
-      f"is not in 8 bits; {_REMEDY}"
+      f"is not in 8 bits; {_REMEDY}",
+      name,
     )

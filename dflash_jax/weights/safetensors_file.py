@@ -17,12 +17,15 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from dflash_jax.weights.fields import read_json
-from dflash_jax.weights.names import WeightsError
+from dflash_jax.weights.fields import parse_json, read_json
+from dflash_jax.weights.names import OnError, WeightsError, give_up, telling
 
 # The limit of the reference implementation.
 _LONGEST_HEADER = 100_000_000
 _METADATA = "__metadata__"
+# Past any real tensor, and small enough to count with.
+_LARGEST_COUNT = 2**48
+_MOST_DIMENSIONS = 8
 _REMEDY = "the file is damaged or its copy was cut short: fetch it again"
 
 _DTYPES: dict[str, Any] = {
@@ -71,13 +74,6 @@ class StoredTensor:
 Tensors = dict[str, StoredTensor]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  values = dict(pairs)
-  if len(values) != len(pairs):
-    raise ValueError("a name is there twice")
-  return values
-
-
 def _parse_header(path: pathlib.Path, data: memoryview) -> dict[str, Any]:
   """The JSON header of a file."""
   if len(data) < 8:
@@ -93,7 +89,7 @@ def _parse_header(path: pathlib.Path, data: memoryview) -> dict[str, Any]:
       f"file, or {_REMEDY}"
     )
   try:
-    header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_unique)
+    header = parse_json(bytes(data[8 : 8 + length]))
   except (ValueError, RecursionError) as error:
     raise WeightsError(
       f"{path}: its header is not sound JSON: {error}; {_REMEDY}"
@@ -105,7 +101,7 @@ def _parse_header(path: pathlib.Path, data: memoryview) -> dict[str, Any]:
 
 def _naturals(value: Any) -> bool:
   return isinstance(value, list) and all(
-    type(item) is int and item >= 0 for item in value
+    type(item) is int and 0 <= item <= _LARGEST_COUNT for item in value
   )
 
 
@@ -116,83 +112,150 @@ def _parse_entry(
   entry = entry if isinstance(entry, dict) else {}
   dtype, shape = entry.get("dtype"), entry.get("shape")
   offsets = entry.get("data_offsets")
-  if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+  is_sound = _naturals(shape) and _naturals(offsets) and len(offsets) == 2
+  if not is_sound or len(shape) > _MOST_DIMENSIONS:
     raise WeightsError(
       f"{path}: the header's entry of tensor {name} is malformed "
-      f"({entry!r:.200}); {_REMEDY}"
+      f"({entry!r:.200}); {_REMEDY}",
+      name,
     )
   if not isinstance(dtype, str) or dtype not in _DTYPES:
     raise WeightsError(
       f"{path}: tensor {name} has the unknown dtype {dtype!r:.80}; take the "
-      "checkpoint in float32, bfloat16 or float16"
+      "checkpoint in float32, bfloat16 or float16",
+      name,
     )
   begin, end = offsets
   size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
   if end - begin != size:
     raise WeightsError(
       f"{path}: tensor {name} of {dtype} and shape {tuple(shape)} takes "
-      f"{size} bytes, but its entry says {begin} to {end}; {_REMEDY}"
+      f"{size} bytes, but its entry says {begin} to {end}; {_REMEDY}",
+      name,
     )
   if end > len(data):
     raise WeightsError(
       f"{path}: tensor {name} ends at data byte {end}, but the file has "
-      f"{len(data)} data bytes; {_REMEDY}"
+      f"{len(data)} data bytes; {_REMEDY}",
+      name,
     )
   return StoredTensor(path, dtype, tuple(shape), data, begin, end)
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> Tensors:
-  """Checks a file's header; its tensors stay on disk until viewed.
-
-  Raises:
-    WeightsError: no such file, or not a whole, sound safetensors file.
-  """
-  path = pathlib.Path(path)
+def _map(path: pathlib.Path) -> memoryview:
+  """The bytes of a file, which stay on disk until read."""
   try:
+    if path.exists() and not path.is_file():
+      raise ValueError("it is no regular file")
     with path.open("rb") as file:
       # mmap refuses an empty file, which is as short as any other stub.
       whole = os.fstat(file.fileno()).st_size
       mapped = (
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if whole else b""
       )
-  except OSError as error:
+  except (OSError, ValueError) as error:  # ValueError: no name of a file
     raise WeightsError(f"{path}: cannot be read: {error}") from error
-  data = memoryview(mapped)
-  header = _parse_header(path, data)
-  header.pop(_METADATA, None)
-  body = data[8 + struct.unpack("<Q", data[:8])[0] :]
-  tensors = {
-    name: _parse_entry(path, name, entry, body)
-    for name, entry in header.items()
-  }
+  return memoryview(mapped)
+
+
+def read_safetensors(
+  path: str | os.PathLike[str], on_error: OnError = give_up
+) -> Tensors:
+  """Checks a file's header; its tensors stay on disk until viewed.
+
+  Args:
+    path: the file.
+    on_error: told of each fault; of what it lets pass, the sound tensors are
+      returned.
+
+  Raises:
+    WeightsError: no such file, or not a whole, sound safetensors file.
+  """
+  path = pathlib.Path(path)
+  tensors: Tensors = {}
+  with telling(on_error):
+    data = _map(path)
+    header = _parse_header(path, data)
+    header.pop(_METADATA, None)
+    body = data[8 + struct.unpack("<Q", data[:8])[0] :]
+    for name, entry in header.items():
+      with telling(on_error):
+        tensors[name] = _parse_entry(path, name, entry, body)
+    if len(tensors) == len(header):  # else any gap has been told already
+      _check_order(path, tensors, len(body), on_error)
+  return tensors
+
+
+def _check_order(
+  path: pathlib.Path, tensors: Tensors, size: int, on_error: OnError
+) -> None:
+  """Tells of tensors that do not fill `size` bytes one after the other."""
   reached = 0
   order = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
   for name, tensor in order:
     if tensor.begin != reached:
-      raise WeightsError(
-        f"{path}: tensor {name} begins at data byte {tensor.begin}, expected "
-        f"{reached}: tensors overlap or leave a gap; {_REMEDY}"
+      on_error(
+        WeightsError(
+          f"{path}: tensor {name} begins at data byte {tensor.begin}, expected "
+          f"{reached}: tensors overlap or leave a gap; {_REMEDY}",
+          name,
+        )
       )
     reached = tensor.end
-  if reached != len(body):
-    raise WeightsError(
-      f"{path}: tensors fill {reached} bytes, but the file has {len(body)} "
-      f"data bytes; {_REMEDY}"
+  if reached != size:
+    on_error(
+      WeightsError(
+        f"{path}: tensors fill {reached} bytes, but the file has {size} "
+        f"data bytes; {_REMEDY}"
+      )
     )
+
+
+def read_checkpoint(
+  directory: pathlib.Path, on_error: OnError = give_up
+) -> Tensors:
+  """All tensors of a directory: one file, or the shards of an index.
+
+  `on_error` is as in `read_safetensors`.
+  """
+  single = directory / "model.safetensors"
+  index = directory / "model.safetensors.index.json"
+  if single.exists():
+    return read_safetensors(single, on_error)
+  tensors: Tensors = {}
+  weight_map: dict[str, str] = {}
+  with telling(on_error):
+    weight_map = _read_index(directory, index)
+  for shard in sorted(set(weight_map.values())):
+    found = read_safetensors(directory / shard, on_error)
+    for name in sorted(found.keys() & tensors.keys()):
+      on_error(
+        WeightsError(
+          f"{directory / shard}: tensor {name} is also in "
+          f"{tensors[name].path.name}; fetch the checkpoint again",
+          name,
+        )
+      )
+    tensors |= found
+  for name, shard in weight_map.items():
+    if name not in tensors or tensors[name].path.name != shard:
+      on_error(
+        WeightsError(
+          f"{index}: tensor {name} is missing from {shard}; shards and index "
+          "belong to different checkpoints: fetch them again",
+          name,
+        )
+      )
   return tensors
 
 
-def read_checkpoint(directory: pathlib.Path) -> Tensors:
-  """All tensors of a directory: one file, or the shards of an index."""
-  single = directory / "model.safetensors"
-  index = directory / "model.safetensors.index.json"
-  if single.exists() or not index.exists():
-    if not single.exists():
-      raise WeightsError(
-        f"{directory}: holds neither {single.name} nor {index.name}; only "
-        "safetensors are read: convert other weights, or fetch them again"
-      )
-    return read_safetensors(single)
+def _read_index(directory: pathlib.Path, index: pathlib.Path) -> dict[str, str]:
+  """The shard of each tensor."""
+  if not index.exists():
+    raise WeightsError(
+      f"{directory}: holds neither model.safetensors nor {index.name}; only "
+      "safetensors are read: convert other weights, or fetch them again"
+    )
   weight_map = read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not all(
     isinstance(shard, str) and shard == pathlib.PurePath(shard).name
@@ -201,22 +264,7 @@ def read_checkpoint(directory: pathlib.Path) -> Tensors:
     raise WeightsError(
       f"{index}: weight_map does not name files beside it; fetch it again"
     )
-  tensors: Tensors = {}
-  for shard in sorted(set(weight_map.values())):
-    found = read_safetensors(directory / shard)
-    for name in found.keys() & tensors.keys():
-      raise WeightsError(
-        f"{directory / shard}: tensor {name} is also in "
-        f"{tensors[name].path.name}; fetch the checkpoint again"
-      )
-    tensors |= found
-  for name, shard in weight_map.items():
-    if name not in tensors or tensors[name].path.name != shard:
-      raise WeightsError(
-        f"{index}: tensor {name} is missing from {shard}; shards and index "
-        "belong to different checkpoints: fetch them again"
-      )
-  return tensors
+  return weight_map
 
 
 def weight(tensors: Tensors, name: str) -> np.ndarray:
@@ -225,7 +273,8 @@ def weight(tensors: Tensors, name: str) -> np.ndarray:
   if tensor.dtype not in _WEIGHTS:
     raise WeightsError(
       f"{tensor.path}: tensor {name} is stored as {tensor.dtype}; supported "
-      f"are {', '.join(_WEIGHTS)}: take the checkpoint in one of those"
+      f"are {', '.join(_WEIGHTS)}: take the checkpoint in one of those",
+      name,
     )
   return tensor.view()
 
