@@ -81,6 +81,11 @@ class Mxfp4Weights:
           f"need a multiple of {BLOCK}; config and weights belong to different "
           "checkpoints: fetch both from the same place"
         )
+      if name in tensors:
+        raise WeightsError(
+          f"{source}: tensor {name} is there beside its blocks of 4-bit "
+          "numbers; fetch the checkpoint again"
+        )
       shape = (count, width_out, width_in // BLOCK)
       _check(tensors, name + BLOCKS, (*shape, BLOCK // 2), source)
       _check(tensors, name + SCALES, shape, source)
