@@ -22,7 +22,8 @@ from dflash_jax.tree import Tree
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "targets"
 CASES = sorted(path.name for path in GOLDENS.iterdir())
-CACHE_CASES = ["llama3", "qwen2", "qwen3_yarn"]  # the cache knows no family
+# The cache knows no family, but sinks and windows know the cache.
+CACHE_CASES = ["llama3", "qwen2", "qwen3_yarn", "gpt_oss", "gemma3"]
 TOLERANCE = 2e-4  # issue's bound for float32 against another framework
 
 
@@ -82,6 +83,14 @@ def test_logits_and_every_layer_match_transformers(case):
   np.testing.assert_allclose(
     tapped(states, target), golden["hidden_states"], atol=TOLERANCE
   )
+
+
+def test_the_last_layers_output_becomes_the_logits(case):
+  """As training rebuilds them, by the norm that the family has."""
+  target, params, golden = case
+  hidden = target.normalize(params, golden["hidden_states"][-1])
+  logits = target.logits(params, hidden)
+  np.testing.assert_allclose(logits, golden["logits"], atol=TOLERANCE)
 
 
 def test_reading_in_pieces_changes_nothing(cache_case):
