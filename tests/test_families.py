@@ -134,7 +134,14 @@ def test_replies_are_those_of_plain_decoding(kind, drafting, law):
 
 
 @pytest.mark.parametrize("kind", ["near", pytest.param("dflash", **SLOW)])
-@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss", "gemma3"])
+@pytest.mark.parametrize(
+  "case",
+  [
+    "gpt_oss",
+    pytest.param("qwen3_moe", **SLOW),
+    pytest.param("gemma3", **SLOW),
+  ],
+)
 def test_drafted_replies_are_those_of_transformers(case, kind):
   """A tree of drafts; those of a model close to the target are often right."""
   model = model_of(case, kind)
@@ -165,10 +172,10 @@ def test_requests_that_share_a_prefix_get_what_they_get_alone(law):
   common = np.random.default_rng(0).integers(0, VOCAB, 21).tolist()
   requests = [
     Request([*common, i, 7], max_new_tokens=11, sampling=law, seed=i)
-    for i in range(3)
+    for i in range(4)
   ]
   settings = EngineConfig(
-    sizes=(3,), capacity=48, max_new_tokens=12, page=4, trunk=32
+    sizes=(2,), capacity=48, max_new_tokens=12, page=2, trunk=32
   )
   engine = Engine(model, settings)
   lane, members = engine.lanes[""], [0]
@@ -177,9 +184,9 @@ def test_requests_that_share_a_prefix_get_what_they_get_alone(law):
     cache = lane._batch and lane._batch.cache
     if cache is not None and cache.trunk is not None:
       members.append(int(cache.member.sum()))
-  assert max(members) >= 2, "a trunk was shared"
+  assert max(members) == 2, "a trunk was shared"
   found = [handle.result(0) for handle in handles]
-  assert sum(result.hit_tokens for result in found) >= 2 * 20
+  assert sum(result.hit_tokens for result in found) == 3 * 20
   plain = model_of("everything", "none")
   for request, result in zip(requests, found, strict=True):
     session = Session(plain, plain.decoder(law), 1, 48, 12)
