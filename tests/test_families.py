@@ -6,13 +6,15 @@ family say what transformers would have answered.
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.config import ConfigError
+from dflash_jax.config import ConfigError, TargetSource
+from dflash_jax.config_json import from_json
 from dflash_jax.drafters import LanguageModel
 from dflash_jax.engine import Engine, EngineConfig, Request
 from dflash_jax.model import borrow
@@ -235,3 +237,9 @@ def test_a_drafter_borrows_the_embedding_as_it_is_stored():
   _, params, _ = load_case("gemma3")
   borrowed = borrow(params, None)
   np.testing.assert_array_equal(borrowed.embedding, params["embedding"])
+
+
+def test_a_networks_record_is_read_back():
+  source = TargetSource(random=EVERYTHING)
+  text = json.dumps(dataclasses.asdict(source))
+  assert from_json(TargetSource, text, "a record") == source
