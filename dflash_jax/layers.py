@@ -16,6 +16,7 @@ from flax import nnx
 
 from dflash_jax.config import RotaryScaling
 from dflash_jax.fp8 import QuantizedKernel
+from dflash_jax.target_network import Gate
 
 INIT_STDDEV = 0.02  # training.md 1.1: all DFlash matrices start at N(0, 0.02)
 
@@ -26,17 +27,24 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * scale, over the last axis, in float32."""
+  """x / rms(x) * scale, over the last axis, in float32.
 
-  def __init__(self, width: int, epsilon: float):
-    self.scale = nnx.Param(jnp.ones((width,)))
+  With `unit_offset` times 1 + scale: so Gemma's files store it, and bfloat16
+  holds a scale near 0 that it would round away beside a 1.
+  """
+
+  def __init__(self, width: int, epsilon: float, unit_offset: bool = False):
+    first = jnp.zeros if unit_offset else jnp.ones
+    self.scale = nnx.Param(first((width,)))
     self.epsilon = epsilon
+    self.unit_offset = unit_offset
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
     unit = x * jax.lax.rsqrt(mean_square + self.epsilon)
-    return unit * self.scale[...].astype(jnp.float32)
+    scale = self.scale[...].astype(jnp.float32)
+    return unit * (1.0 + scale if self.unit_offset else scale)
 
 
 class Linear(nnx.Module):
@@ -98,15 +106,34 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """down(silu(gate(x)) * up(x)), or as another Gate opens."""
 
-  def __init__(self, width: int, mlp_width: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    width: int,
+    mlp_width: int,
+    *,
+    rngs: nnx.Rngs,
+    opening: Gate = Gate(),  # noqa: B008
+  ):
     self.gate = Linear(width, mlp_width, rngs=rngs)
     self.up = Linear(width, mlp_width, rngs=rngs)
     self.down = Linear(mlp_width, width, rngs=rngs)
+    self.opening = opening
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    return self.down(open_gate(self.opening, self.gate(x), self.up(x)))
+
+
+def open_gate(opening: Gate, gate: jax.Array, up: jax.Array) -> jax.Array:
+  """gate, up f32[..., F] -> f32[..., F]; see Gate."""
+  if opening.kind == "silu":
+    return jax.nn.silu(gate) * up
+  if opening.kind == "gelu_tanh":
+    return jax.nn.gelu(gate, approximate=True) * up
+  gate = jnp.minimum(gate, opening.limit)
+  up = jnp.clip(up, -opening.limit, opening.limit)
+  return gate * jax.nn.sigmoid(opening.slope * gate) * (up + 1.0)
 
 
 class Projections(nnx.Module):
@@ -114,6 +141,8 @@ class Projections(nnx.Module):
 
   Queries f32[B, T, N, H], keys and values f32[B, T, G, H]; q and k optionally
   pass a per-head RMSNorm before rotary (Qwen3, and every DFlash drafter).
+  Queries carry what the scores' scale has beyond 1 / sqrt(H), so that whoever
+  attends need not know of it. Sinks are f32[N], see `apply_sinks`.
   """
 
   def __init__(
@@ -125,19 +154,27 @@ class Projections(nnx.Module):
     *,
     rngs: nnx.Rngs,
     bias: bool = False,
+    output_bias: bool = False,
     norm_epsilon: float | None = None,
+    unit_offset: bool = False,
+    sinks: bool = False,
+    score_scale: float | None = None,
   ):
     kv_width = num_kv_heads * head_width
     self.head_width = head_width
     self.query = Linear(width, num_heads * head_width, rngs=rngs, bias=bias)
     self.key = Linear(width, kv_width, rngs=rngs, bias=bias)
     self.value = Linear(width, kv_width, rngs=rngs, bias=bias)
-    self.output = Linear(num_heads * head_width, width, rngs=rngs)
+    self.output = Linear(
+      num_heads * head_width, width, rngs=rngs, bias=output_bias
+    )
+    self.sinks = nnx.Param(jnp.zeros((num_heads,))) if sinks else None
+    self.score_scale = score_scale
 
     def head_norm() -> RMSNorm | None:
       if norm_epsilon is None:
         return None
-      return RMSNorm(head_width, norm_epsilon)
+      return RMSNorm(head_width, norm_epsilon, unit_offset)
 
     self.query_norm, self.key_norm = head_norm(), head_norm()
 
@@ -145,6 +182,8 @@ class Projections(nnx.Module):
     """x f[B, T, D], angles f32[2, B, T, H/2] -> f32[B, T, N, H]."""
     q = self._heads(self.query(x))
     q = q if self.query_norm is None else self.query_norm(q)
+    if self.score_scale is not None:
+      q = q * (self.score_scale * math.sqrt(self.head_width))
     return rotate(q, angles)
 
   def keys_values(
@@ -243,6 +282,20 @@ def merge_attention(
   return share * out_a + (1.0 - share) * out_b
 
 
+def apply_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> jax.Array:
+  """Attention that loses to each head's sink its share of the softmax.
+
+  A sink is the score of one more key, whose value is 0. Once, of the attention
+  over all keys: parts that are merged have one sink together.
+
+  Args:
+    out, lse: f32[..., N, H] and f32[..., N], as of `attend_with_lse`.
+    sinks: f[N].
+  """
+  share = jax.nn.sigmoid(lse - sinks.astype(jnp.float32))
+  return out * share[..., None]
+
+
 # --- Rotary embedding ---------------------------------------------------------
 
 
@@ -255,6 +308,8 @@ def rotary_frequencies(
   factor = 1.0
   if scaling is not None and scaling.kind == "llama3":
     frequencies = _llama3_frequencies(frequencies, scaling)
+  elif scaling is not None and scaling.kind == "linear":
+    frequencies = frequencies / scaling.factor
   elif scaling is not None:
     frequencies = _yarn_frequencies(frequencies, base, scaling)
     factor = 0.1 * math.log(scaling.factor) + 1.0

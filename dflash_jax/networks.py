@@ -1,84 +1,11 @@
-"""What a network is made of, read from its checkpoint: frozen and hashable."""
+"""What a drafter is made of, read from its checkpoint: frozen and hashable."""
 
 import dataclasses
 from typing import Literal
 
-
-class ConfigError(ValueError):
-  """A configuration that nobody could run; the message names the remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RotaryScaling:
-  """How rotary frequencies are stretched past the trained length.
-
-  Attributes:
-    kind: "llama3" (Llama 3.1: low frequencies divided by `factor`, a smooth
-      ramp between the two frequency factors) or "yarn" (Peng et al. 2023,
-      arXiv 2309.00071).
-    factor: context extension, > 1.
-    original_length: trained context length, in tokens.
-    low_frequency_factor, high_frequency_factor: llama3's ramp.
-    beta_fast, beta_slow: yarn's ramp, in rotations over `original_length`.
-    attention_factor: yarn's multiplier on cos and sin; None takes the paper's
-      0.1 ln(factor) + 1.
-    truncate: yarn rounds the ramp's ends to whole frequencies.
-  """
-
-  kind: Literal["llama3", "yarn"]
-  factor: float
-  original_length: int
-  low_frequency_factor: float = 1.0
-  high_frequency_factor: float = 4.0
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-  attention_factor: float | None = None
-  truncate: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetConfig:
-  """A decoder-only target: Llama 2/3.x, SmolLM2, Qwen2 or Qwen3.
-
-  Attributes:
-    family: which table of tensor names its checkpoints use.
-    num_layers: L. width: D. mlp_width: F. num_heads: N. num_kv_heads: G.
-    head_width: H. vocab_size: V.
-    norm_epsilon: added to the mean square in every RMSNorm.
-    rotary_base: theta of the rotary embedding.
-    rotary_scaling: None for plain rotary.
-    qkv_bias: Qwen2 adds biases to q, k and v.
-    qk_norm: Qwen3 applies a per-head RMSNorm to q and k.
-    tied_head: the head is the embedding, transposed.
-    max_length: trained context length, in tokens.
-    eos_ids: tokens that end a reply.
-  """
-
-  family: Literal["llama", "qwen2", "qwen3"]
-  num_layers: int
-  width: int
-  mlp_width: int
-  num_heads: int
-  num_kv_heads: int
-  head_width: int
-  vocab_size: int
-  norm_epsilon: float = 1e-5
-  rotary_base: float = 10000.0
-  rotary_scaling: RotaryScaling | None = None
-  qkv_bias: bool = False
-  qk_norm: bool = False
-  tied_head: bool = False
-  max_length: int = 2048
-  eos_ids: tuple[int, ...] = ()
-
-  def __post_init__(self):
-    if self.num_heads % self.num_kv_heads:
-      raise ConfigError(
-        f"num_heads={self.num_heads} is not a multiple of "
-        f"num_kv_heads={self.num_kv_heads}"
-      )
-    if self.head_width % 2:
-      raise ConfigError(f"head_width={self.head_width} must be even for rotary")
+from dflash_jax.target_network import ConfigError as ConfigError
+from dflash_jax.target_network import RotaryScaling as RotaryScaling
+from dflash_jax.target_network import TargetConfig as TargetConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The target: a decoder-only language model that also reports its taps.
 
-One implementation covers Llama 2/3.x, SmolLM2, Qwen2 (q/k/v bias) and Qwen3
-(q/k norm). Layers are unrolled, each with its own parameters: scanning over
-stacked layers costs a copy of every layer's weights per pass (measured on a
-2-core CPU, 30 layers of SmolLM2's mlp: 1.2x the time at 1 row, 2.4x at 8).
+One implementation covers Llama 2/3.x, SmolLM2, Qwen2, Qwen3, Qwen3-MoE, gpt-oss
+and Gemma 3; docs/targets.md says in what they differ. Layers are unrolled, each
+with its own parameters: scanning over stacked layers costs a copy of every
+layer's weights per pass (measured on a 2-core CPU, 30 layers of SmolLM2's mlp:
+1.2x the time at 1 row, 2.4x at 8).
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from flax import nnx
 from dflash_jax import layers
 from dflash_jax.cache import KVCache, Rows
 from dflash_jax.config import TargetConfig
+from dflash_jax.experts import Experts
 from dflash_jax.prediction import Prediction
 from dflash_jax.tree import Tree, ancestors
 from pallas_kernels.block_attention import block_attention
@@ -25,15 +27,23 @@ from pallas_kernels.block_attention import block_attention
 Params = dict[str, Any]
 
 # (layer, query f32[B, T, N, H], keys and values f[B, G, T, H] of the tokens
-# that ask) -> f32[B, T, N, H]: what they see, of themselves and of others.
-Attention = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# that ask, sinks f[N] or None) -> f32[B, T, N, H]: what they see, of themselves
+# and of others.
+Attention = Callable[
+  [int, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array
+]
 
 
 class _Layer(nnx.Module):
-  """Norm, attention, residual; norm, SwiGLU, residual."""
+  """Norm, attention, residual; norm, mlp or experts, residual."""
 
-  def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
-    self.attention_norm = layers.RMSNorm(config.width, config.norm_epsilon)
+  def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs):
+    def norm() -> layers.RMSNorm:
+      return layers.RMSNorm(
+        config.width, config.norm_epsilon, config.unit_offset
+      )
+
+    self.attention_norm = norm()
     self.attention = layers.Projections(
       config.width,
       config.num_heads,
@@ -41,16 +51,30 @@ class _Layer(nnx.Module):
       config.head_width,
       rngs=rngs,
       bias=config.qkv_bias,
+      output_bias=config.output_bias,
       norm_epsilon=config.norm_epsilon if config.qk_norm else None,
+      unit_offset=config.unit_offset,
+      sinks=config.attention_sinks,
+      score_scale=config.score_scale,
     )
-    self.mlp_norm = layers.RMSNorm(config.width, config.norm_epsilon)
-    self.mlp = layers.SwiGLU(config.width, config.mlp_width, rngs=rngs)
+    self.attention_post_norm = norm() if config.post_norms else None
+    self.mlp_norm = norm()
+    self.mlp = (
+      Experts(config, rngs=rngs)
+      if config.has_experts(index)
+      else layers.SwiGLU(
+        config.width, config.mlp_width, rngs=rngs, opening=config.gate
+      )
+    )
+    self.mlp_post_norm = norm() if config.post_norms else None
 
   def __call__(
     self,
     x: jax.Array,
     angles: jax.Array,
-    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    attend: Callable[
+      [jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array
+    ],
     dtype: jnp.dtype,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of x f32[B, T, D], and the keys and values f[B, G, T, H] of its tokens.
@@ -63,8 +87,15 @@ class _Layer(nnx.Module):
       rows.swapaxes(1, 2).astype(dtype)
       for rows in self.attention.keys_values(normed, angles)
     )
-    x = x + self.attention.merge(attend(query, key, value))
-    return x + self.mlp(self.mlp_norm(x)), key, value
+    sinks = self.attention.sinks
+    attended = attend(query, key, value, None if sinks is None else sinks[...])
+    x = x + _after(self.attention.merge(attended), self.attention_post_norm)
+    x = x + _after(self.mlp(self.mlp_norm(x)), self.mlp_post_norm)
+    return x, key, value
+
+
+def _after(x: jax.Array, norm: layers.RMSNorm | None) -> jax.Array:
+  return x if norm is None else norm(x)
 
 
 class _Network(nnx.Module):
@@ -73,10 +104,20 @@ class _Network(nnx.Module):
   def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
     self.embedding = layers.normal(rngs, (config.vocab_size, config.width))
     self.layers = nnx.List(
-      [_Layer(config, rngs=rngs) for _ in range(config.num_layers)]
+      [_Layer(config, i, rngs=rngs) for i in range(config.num_layers)]
     )
-    self.norm = layers.RMSNorm(config.width, config.norm_epsilon)
+    self.norm = layers.RMSNorm(
+      config.width, config.norm_epsilon, config.unit_offset
+    )
     self.head = layers.Linear(config.width, config.vocab_size, rngs=rngs)
+
+  def embed(self, tokens: jax.Array, scale: float) -> jax.Array:
+    """tokens i32[B, T] -> f32[B, T, D]; the scale rounds as the rows do."""
+    rows = self.embedding[tokens]
+    if scale == 1.0:
+      return rows.astype(jnp.float32)
+    rounded = jnp.asarray(scale, rows.dtype).astype(jnp.float32)
+    return rows.astype(jnp.float32) * rounded
 
 
 @functools.cache
@@ -97,7 +138,7 @@ class Target:
   config: TargetConfig
 
   def init(self, key: jax.Array, dtype: str = "float32") -> Params:
-    """Random parameters, N(0, 0.02) matrices and unit norms."""
+    """Random parameters: N(0, 0.02) matrices, unit norms, zero biases."""
     rngs = nnx.Rngs(params=key)
     params = nnx.to_pure_dict(nnx.state(_Network(self.config, rngs=rngs)))
     if self.config.tied_head:
@@ -142,22 +183,30 @@ class Target:
     _, T = tokens.shape
     if tree is None:
       positions = cache.positions(T)
-      seen = None
+      depths = None
     else:
       depths = jnp.pad(tree.depths, ((0, 0), (1, 0)))
       positions = cache.length[:, None] + depths
-      seen = ancestors(tree)
+    windows = {self.config.window(i) for i in range(self.config.num_layers)}
+    seen = {
+      window: None if tree is None else ancestors(tree, window)
+      for window in windows
+    }
 
-    def attend(layer, query, key, value):
+    def attend(layer, query, key, value, sinks):
       past = (*cache.read(layer), cache.own_length)
+      window = self.config.window(layer)
       return block_attention(
         query,
         key,
         value,
         *past,
-        seen,
+        seen[window],
+        depths=depths if window else None,
         prefix=cache.read_trunk(layer),
         member=cache.member,
+        window=window,
+        sinks=sinks,
       )
 
     return self.run(params, tokens, positions, attend, cache.dtype, taps)
@@ -180,16 +229,16 @@ class Target:
       dtype: of keys and values.
     """
     network = nnx.merge(_definition(self.config), nnx.State(params))
-    angles = layers.rotary_angles(
-      positions,
-      self.config.head_width,
-      self.config.rotary_base,
-      self.config.rotary_scaling,
-    )
-    x = network.embedding[tokens].astype(jnp.float32)
+    angles = self._angles(positions)
+    x = network.embed(tokens, self.config.embedding_scale)
     outputs, keys, values = {}, [], []
     for index, layer in enumerate(network.layers):
-      x, key, value = layer(x, angles, functools.partial(attend, index), dtype)
+      x, key, value = layer(
+        x,
+        angles[self.config.window(index) is not None],
+        functools.partial(attend, index),
+        dtype,
+      )
       keys.append(key)
       values.append(value)
       if index in taps:
@@ -202,6 +251,19 @@ class Target:
       (network.norm(x), Rows(tuple(keys), tuple(values)))
     )
     return hidden, states, rows
+
+  def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of layers that see everything, and of those with a window."""
+    config = self.config
+    everywhere = layers.rotary_angles(
+      positions, config.head_width, config.rotary_base, config.rotary_scaling
+    )
+    if config.local_rotary_base is None:
+      return everywhere, everywhere
+    local = layers.rotary_angles(
+      positions, config.head_width, config.local_rotary_base, None
+    )
+    return everywhere, local
 
   def normalize(self, params: Params, output: jax.Array) -> jax.Array:
     """The last layer's output f[..., D] -> hidden f32[..., D] for `logits`."""

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.block_attention.reference import pack_mask
+
 WORD = 32  # bits of a word of a packed mask
 
 
@@ -152,13 +154,17 @@ def look_up(tree: Tree, ranked: jax.Array) -> jax.Array:
   return jnp.take_along_axis(ranked.reshape(B, D * k), entries, axis=1)
 
 
-def ancestors(tree: Tree) -> jax.Array:
+def ancestors(tree: Tree, window: int | None = None) -> jax.Array:
   """Which rows each row's token may see, as the packed bits a kernel wants.
+
+  Args:
+    tree: the nodes behind the anchor.
+    window: how many last positions a token sees, its own included.
 
   Returns:
     u32[B, P + 1, W], W = ceil((P + 1) / 32). Bit j % 32 (bit 0 is the least
     significant) of word j // 32 of row i is set iff row j is row i itself or
-    one of its ancestors, the anchor included.
+    one of its ancestors, the anchor included, within the window.
   """
   rows = np.arange(tree.num_nodes + 1)
   own = np.zeros((len(rows), -(-len(rows) // WORD)), np.uint32)
@@ -166,7 +172,10 @@ def ancestors(tree: Tree) -> jax.Array:
   seen = jnp.broadcast_to(own, (tree.parents.shape[0], *own.shape))
   for jump in _jumps(tree):
     seen |= jnp.take_along_axis(seen, jump[..., None], axis=1)
-  return seen
+  if window is None or window > tree.num_nodes:
+    return seen
+  depths = jnp.pad(tree.depths, ((0, 0), (1, 0)))
+  return seen & pack_mask(depths[:, :, None] - depths[:, None] < window)
 
 
 def path_products(tree: Tree, chance: jax.Array) -> jax.Array:

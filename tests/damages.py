@@ -20,6 +20,7 @@ from dflash_jax.config import DrafterConfig
 from dflash_jax.drafters import DFlash
 from dflash_jax.networks import Eagle3Config
 from dflash_jax.weights import eagle3, names, safetensors_file
+from dflash_jax.weights.target_names import target_table
 from tests.testing import (
   VARIANTS,
   tiny_drafter_config,
@@ -92,7 +93,7 @@ def save_eagle3(directory: pathlib.Path) -> None:
 
 def save_target(directory: pathlib.Path, config=TARGET) -> None:
   rng = np.random.default_rng(3)
-  table = names.target_table(config)
+  table = target_table(config)
   params = names.build_tree(
     table,
     lambda name: rng.normal(size=table[name].shape).astype(np.float32),
@@ -132,7 +133,7 @@ def save_gguf(directory: pathlib.Path) -> None:
   writer.add_rope_freq_base(TARGET.rotary_base)
   writer.add_eos_token_id(2)
   rng = np.random.default_rng(3)
-  for name, row in names.target_table(TARGET, "gguf").items():
+  for name, row in target_table(TARGET, "gguf").items():
     writer.add_tensor(name, rng.normal(size=row.shape).astype(np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()

@@ -22,7 +22,8 @@ from dflash_jax.tree import Tree
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "targets"
 CASES = sorted(path.name for path in GOLDENS.iterdir())
-CACHE_CASES = ["llama3", "qwen2", "qwen3_yarn"]  # the cache knows no family
+# The cache knows no family, but sinks and windows know the cache.
+CACHE_CASES = ["llama3", "qwen2", "qwen3_yarn", "gpt_oss", "gemma3"]
 TOLERANCE = 2e-4  # issue's bound for float32 against another framework
 
 
@@ -82,6 +83,14 @@ def test_logits_and_every_layer_match_transformers(case):
   np.testing.assert_allclose(
     tapped(states, target), golden["hidden_states"], atol=TOLERANCE
   )
+
+
+def test_the_last_layers_output_becomes_the_logits(case):
+  """As training rebuilds them, by the norm that the family has."""
+  target, params, golden = case
+  hidden = target.normalize(params, golden["hidden_states"][-1])
+  logits = target.logits(params, hidden)
+  np.testing.assert_allclose(logits, golden["logits"], atol=TOLERANCE)
 
 
 def test_reading_in_pieces_changes_nothing(cache_case):
@@ -165,12 +174,18 @@ def path_to(tree, row):
   return path[::-1]
 
 
-@pytest.mark.parametrize("num_nodes", [1, 11, 37])
+TREES = [(case, nodes) for case in CACHE_CASES[:3] for nodes in (1, 11, 37)]
+
+
+# Where there are windows, a tree that is deeper than they are long.
+@pytest.mark.parametrize(
+  ("name", "num_nodes"), [*TREES, ("gpt_oss", 37), ("gemma3", 37)]
+)
 def test_a_pass_over_a_tree_equals_a_pass_over_each_of_its_chains(
-  cache_case, num_nodes
+  name, num_nodes
 ):
   """Logits and taps of every node, behind a committed prompt."""
-  target, params, golden = cache_case
+  target, params, golden = load_case(name)
   rng = np.random.default_rng(num_nodes)
   prompt = jnp.asarray(golden["tokens"][:, :5])
   batch, vocab = prompt.shape[0], target.config.vocab_size
@@ -182,6 +197,7 @@ def test_a_pass_over_a_tree_equals_a_pass_over_each_of_its_chains(
   tokens = jnp.asarray(rng.integers(0, vocab, (batch, num_nodes + 1)))
   hidden, states, _ = forward(target, params, tokens, cache, taps, tree)
   width = int(tree.depths.max()) + 1
+  assert width > max(target.config.layer_windows, default=0)
   for row in range(num_nodes + 1):
     path = path_to(tree, row)
     chain = jnp.zeros((batch, width), jnp.int32)

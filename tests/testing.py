@@ -79,7 +79,7 @@ def tiny_drafter_config(target: TargetConfig, **overrides) -> DrafterConfig:
     vocab_size=target.vocab_size,
     block_size=BLOCK_SIZE,
     mask_token_id=target.vocab_size - 1,
-    target_layer_ids=(0, 2),
+    target_layer_ids=(0, min(2, target.num_layers - 1)),
     num_target_layers=target.num_layers,
     target_width=target.width,
     rotary_base=target.rotary_base,

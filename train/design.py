@@ -143,6 +143,12 @@ def _design_lm(draft: DraftConfig, target: TargetConfig) -> TargetConfig:
       f"drafter.lm_width={draft.lm_width} are no network; use at least 1 layer "
       "and a width of at least 0"
     )
+  if target.experts or target.attention_sinks or any(target.layer_windows):
+    raise ConfigError(
+      f"drafter.name=lm draws up a smaller {target.family}, and one with "
+      "experts, sinks or windows is not trained here; name a published model "
+      "in --drafter, or train another drafter"
+    )
   return dataclasses.replace(
     target,
     num_layers=draft.num_layers,

@@ -63,11 +63,19 @@ def read_packed(
   """
   B, S = tokens.shape
   cache = target.init_cache(B, 0, params["embedding"].dtype)
-  seen = see_since(starts)
+  windows = {target.config.window(i) for i in range(target.config.num_layers)}
 
-  def attend(layer, query, key, value):
+  def see(window: int | None) -> jax.Array:
+    if window is None:
+      return see_since(starts)
+    return see_since(jnp.maximum(starts, jnp.arange(1, S + 1) - window))
+
+  seen = {window: see(window) for window in windows}
+
+  def attend(layer, query, key, value, sinks):
     past = (*cache.read(layer), cache.length)
-    return block_attention(query, key, value, *past, seen)
+    mask = seen[target.config.window(layer)]
+    return block_attention(query, key, value, *past, mask, sinks=sinks)
 
   positions = jnp.arange(S) - starts
   _, states, _ = target.run(

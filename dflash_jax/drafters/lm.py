@@ -54,6 +54,13 @@ class LanguageModel:
         self.config.width,
         target.width,
       )
+    shortest = min(filter(None, self.config.layer_windows), default=None)
+    if shortest is not None and shortest < self.max_drafts:
+      raise ConfigError(
+        f"the draft model's window of {shortest} tokens is shorter than "
+        f"{self.max_drafts} drafts; draft at most {shortest} tokens: set "
+        "drafter.block_size"
+      )
     for what, (ours, theirs) in pairs.items():
       if ours != theirs:
         raise ConfigError(
@@ -181,11 +188,13 @@ class LanguageModel:
     """The logits after each of tokens i32[B, W], all at one depth."""
     seen = nodes.below(parents)
     positions = cache.length[:, None] + jnp.full_like(tokens, depth)
+
+    def attend(layer, query, key, value, sinks):
+      window = self.config.window(layer)
+      oldest = None if window is None else cache.own_length + depth + 1 - window
+      return nodes.attend(cache, seen, layer, query, key, value, sinks, oldest)
+
     hidden, _, rows = self.network.run(
-      params,
-      tokens,
-      positions,
-      functools.partial(nodes.attend, cache, seen),
-      cache.dtype,
+      params, tokens, positions, attend, cache.dtype
     )
     return nodes.add(rows, seen), self.network.logits(params, hidden)

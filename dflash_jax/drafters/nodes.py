@@ -5,12 +5,17 @@ and `absorb` reads those again with all that the target has said of them.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from dflash_jax.cache import KVCache, Rows
-from dflash_jax.layers import attend_with_lse, merge_attention
+from dflash_jax.layers import apply_sinks, attend_with_lse, merge_attention
+
+# (layer, query f32[B, W, N, H], keys and values f[B, G, W, H] of the nodes that
+# ask) -> f32[B, W, N, H].
+Attention = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def gather(rows: jax.Array, parents: jax.Array) -> jax.Array:
@@ -67,6 +72,8 @@ class Nodes:
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    sinks: jax.Array | None = None,
+    oldest: jax.Array | None = None,
   ) -> jax.Array:
     """Attention of the next depth: committed tokens, ancestors, itself.
 
@@ -75,6 +82,8 @@ class Nodes:
       seen: of `below`.
       layer: whose keys and values are read.
       query: f32[B, W', N, H]. key, value: f[B, G, W', H].
+      sinks: f[N], or None.
+      oldest: i32[B], the first committed slot that is seen; None for all.
 
     Returns:
       f32[B, W', N, H].
@@ -82,8 +91,14 @@ class Nodes:
     keys = _join(self.keys[layer], key)
     values = _join(self.values[layer], value)
     own = attend_with_lse(query, keys, values, seen)
-    past = attend_with_lse(query, *cache.read(layer), cache.committed_mask())
-    return merge_attention(past, own)
+    mask = cache.committed_mask()
+    if oldest is not None:
+      mask &= jnp.arange(cache.capacity) >= oldest[:, None, None]
+    past = attend_with_lse(query, *cache.read(layer), mask)
+    merged = merge_attention(past, own)
+    if sinks is None:
+      return merged
+    return apply_sinks(merged, jnp.logaddexp(past[1], own[1]), sinks)
 
 
 def attend_chains(

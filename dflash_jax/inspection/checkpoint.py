@@ -20,15 +20,17 @@ from dflash_jax.inspection import facts, files, fit
 from dflash_jax.inspection.report import Report
 from dflash_jax.inspection.settings import Read, read_settings
 from dflash_jax.inspection.values import Values, scan, scan_array
-from dflash_jax.networks import DrafterConfig, Eagle3Config
+from dflash_jax.networks import DrafterConfig, Eagle3Config, TargetConfig
 from dflash_jax.weights import (
   drafter,
   drafter_kind,
   drafter_names,
   eagle3,
+  families,
   find_directory,
   gguf,
   huggingface,
+  mxfp4,
   names,
   quantization,
   safetensors_file,
@@ -38,6 +40,7 @@ from dflash_jax.weights.fields import Fields
 from dflash_jax.weights.gguf_file import GGUFTensor, read_gguf
 from dflash_jax.weights.names import Differences, Table
 from dflash_jax.weights.safetensors_file import Tensors
+from dflash_jax.weights.target_names import target_table
 
 _PIECE = 2**22  # numbers of a GGUF file that are decoded at a time
 
@@ -74,11 +77,24 @@ def _kinds(target: fit.Target | None) -> dict[str, _Kind]:
       eagle3.publish,
     ),
     "lm": _Kind(
-      safetensors_file.read_checkpoint,
+      _read_text_tensors,
       lambda directory, _: huggingface.read_target_config(directory, True),
-      lambda _, network: (names.target_table(network), names.TARGET_EXTRAS),
+      lambda _, network: (target_table(network), names.TARGET_EXTRAS),
     ),
   }
+
+
+def _read_text_tensors(
+  directory: pathlib.Path, on_error: names.OnError
+) -> Tensors:
+  """Those of the network that reads text."""
+  tensors = safetensors_file.read_checkpoint(directory, on_error)
+  try:
+    fields = huggingface.read_config_fields(directory)
+    return families.text_tensors(fields, tensors)
+  except names.WeightsError as error:
+    on_error(error)
+    return tensors
 
 
 def inspect(
@@ -183,17 +199,40 @@ def _check_tensors(
       huggingface.drop_tied_copy(tensors)
   fields = huggingface.read_config_fields(directory)
   table, extras = kind.table(fields, network)
+  if mxfp4.is_stated(fields):
+    _check_mxfp4(report, tensors, table, extras)
+    return
   stored = quantization.Weights.read(
     tensors, fields, table, kind.publish, report.add_error
   )
   _tell(report, stored.shapes(), table, extras)
+  # Gemma's norms multiply by 1 + scale.
+  zeros = {"kernel"} if _has_offsets(network) else {"kernel", "scale"}
   for name in sorted(tensors.keys() & table.keys() - report.subjects):
     with report.guard():
       stored.check(name)
-      path = table[name].path
       # What else may be all zeros begins so, or stays so by chance.
-      may_be_zero = path[-1] not in ("kernel", "scale")
+      may_be_zero = table[name].path[-1] not in zeros
       _check_values(report, name, scan(tensors[name]), may_be_zero)
+
+
+def _has_offsets(network: facts.Network) -> bool:
+  return isinstance(network, TargetConfig) and network.unit_offset
+
+
+def _check_mxfp4(
+  report: Report, tensors: Tensors, table: Table, extras: re.Pattern[str]
+) -> None:
+  """As `_check_tensors`, of a network whose experts are in 4 bits."""
+  with report.guard():
+    stored = mxfp4.Mxfp4Weights.read(tensors, table, report.path)
+    _tell(report, stored.shapes(), table, extras)
+    for name in sorted(stored.packed):
+      with report.guard():
+        stored.check(name)
+  for name in sorted(tensors.keys() & table.keys() - report.subjects):
+    may_be_zero = table[name].path[-1] not in ("kernel", "scale")
+    _check_values(report, name, scan(tensors[name]), may_be_zero)
 
 
 def _tell(
@@ -284,7 +323,7 @@ def _inspect_gguf(report: Report, path: pathlib.Path) -> None:
   report.network = network
   report.kind, report.title = "lm", facts.title_of(network)
   report.facts |= facts.describe(network)
-  table = names.target_table(network, "gguf")
+  table = target_table(network, "gguf")
   found = {name: tensor.shape for name, tensor in file.tensors.items()}
   found.pop(gguf.ROTARY_FACTORS, None)
   _tell(report, found, table)

@@ -21,7 +21,8 @@ _TITLES = {
   drafter_parts.MIXED: "block drafter of mixed parts",
 }
 _FAMILIES = {
-  "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3",
+  "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe":
+  "Qwen3-MoE", "gpt_oss": "gpt-oss", "gemma3_text": "Gemma 3",
 }  # fmt: skip
 _MIB = 2**20
 

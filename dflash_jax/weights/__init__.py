@@ -7,10 +7,10 @@ from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.networks import Eagle3Config
 from dflash_jax.weights import (
   eagle3,
+  families,
   huggingface,
   quantization,
   speculators_config,
-  target,
 )
 from dflash_jax.weights.drafter import (
   load_drafter,
@@ -21,7 +21,7 @@ from dflash_jax.weights.drafter_names import drafter_table
 from dflash_jax.weights.eagle3 import load_eagle3, save_eagle3
 from dflash_jax.weights.gguf import find_packaged_gguf, load_gguf_target
 from dflash_jax.weights.huggingface import find_directory, read_target_config
-from dflash_jax.weights.names import Params, WeightsError, target_table
+from dflash_jax.weights.names import Params, WeightsError
 from dflash_jax.weights.speculators_config import Serving
 from dflash_jax.weights.speculators_layout import (
   read_speculators_head,
@@ -29,6 +29,7 @@ from dflash_jax.weights.speculators_layout import (
   save_speculators,
 )
 from dflash_jax.weights.target import save_target
+from dflash_jax.weights.target_names import target_table
 
 __all__ = [
   "PACKAGE_PREFIX",
@@ -95,7 +96,7 @@ def drafter_kind(source: str) -> str:
   known = fields.items("architectures", str, [])
   if set(known) & set(eagle3.ARCHITECTURES):
     return "eagle3"
-  return "lm" if set(known) & set(target.ARCHITECTURES.values()) else "dflash"
+  return "lm" if set(known) & families.LANGUAGE_MODELS else "dflash"
 
 
 def quantize_drafter(
@@ -108,12 +109,17 @@ def quantize_drafter(
     params: in float32 or bfloat16, as its loader gives them.
 
   Raises:
-    WeightsError: a kernel that is not finite.
+    WeightsError: a kernel that is not finite, or a network with experts.
   """
   if isinstance(network, DrafterConfig):
     table = drafter_table(network)
   elif isinstance(network, Eagle3Config):
     table = eagle3.eagle3_table(network)
+  elif network.experts is not None:
+    raise WeightsError(
+      f"a draft model of {network.experts.count} experts cannot be in 8 bits; "
+      "export it without --quantize"
+    )
   else:
     table = target_table(network)
   quantized = quantization.quantize(params, table)

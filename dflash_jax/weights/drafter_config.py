@@ -149,8 +149,10 @@ def scaling_fields(scaling: RotaryScaling | None) -> dict[str, Any] | None:
   fields: dict[str, Any] = {
     "rope_type": scaling.kind,
     "factor": scaling.factor,
-    "original_max_position_embeddings": scaling.original_length,
   }
+  if scaling.kind == "linear":
+    return fields
+  fields["original_max_position_embeddings"] = scaling.original_length
   if scaling.kind == "llama3":
     fields["low_freq_factor"] = scaling.low_frequency_factor
     fields["high_freq_factor"] = scaling.high_frequency_factor

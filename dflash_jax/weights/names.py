@@ -16,10 +16,12 @@ Parameter trees are plain nested dicts; layers are keyed by integers:
             "mlp": {"gate", "up": {"kernel": [D, F]},
                     "down": {"kernel": [F, D]}}}
 
-Biases are Qwen2's, query_norm and key_norm Qwen3's and the drafter's. Kernels
-are [in, out], the transpose of what files store; one in 8 bits is an Fp8Kernel
-and lies as files have it. Parts of a drafter are in drafter_names.py; a layer's
-convolutions lie beside its attention and mlp.
+Biases are Qwen2's, query_norm and key_norm Qwen3's and the drafter's. gpt-oss
+has attention "sinks": [N] and a bias of "output"; Gemma 3 an
+"attention_post_norm" and an "mlp_post_norm"; experts.py says what stands in the
+place of an mlp. Kernels are [in, out], the transpose of what files store; one
+in 8 bits is an Fp8Kernel and lies as files have it. Parts of a drafter are in
+drafter_names.py; a layer's convolutions lie beside its attention and mlp.
 """
 
 import collections
@@ -27,7 +29,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,6 @@ SCALE = "_scale"  # behind the name of a kernel in 8 bits
 
 Params = dict[Any, Any]
 Path = tuple[str | int, ...]
-Style = Literal["huggingface", "gguf"]
 
 
 class WeightsError(ValueError):
@@ -118,18 +119,16 @@ LAYER_NAMES: dict[Path, tuple[str, str]] = {
     "self_attn.k_norm.weight",
     "attn_k_norm.weight",
   ),
+  ("attention", "output", "bias"): (
+    "self_attn.o_proj.bias",
+    "attn_output.bias",
+  ),
+  ("attention", "sinks"): ("self_attn.sinks", "attn_sinks.weight"),
   ("mlp_norm", "scale"): ("post_attention_layernorm.weight", "ffn_norm.weight"),
   ("mlp", "gate", "kernel"): ("mlp.gate_proj.weight", "ffn_gate.weight"),
   ("mlp", "up", "kernel"): ("mlp.up_proj.weight", "ffn_up.weight"),
   ("mlp", "down", "kernel"): ("mlp.down_proj.weight", "ffn_down.weight"),
 }
-_TOP_NAMES: dict[Path, tuple[str, str]] = {
-  ("embedding",): ("model.embed_tokens.weight", "token_embd.weight"),
-  ("norm", "scale"): ("model.norm.weight", "output_norm.weight"),
-  ("head", "kernel"): ("lm_head.weight", "output.weight"),
-}
-_LAYER_PREFIX = ("model.layers.{}.", "blk.{}.")
-
 # Buffers that old exporters wrote and that the config already determines.
 ROTARY_BUFFERS = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 TARGET_EXTRAS = re.compile(ROTARY_BUFFERS)
@@ -165,31 +164,6 @@ def layer_shapes(
 def make_row(path: Path, shape: tuple[int, ...]) -> TensorRow:
   """The row of a parameter, by whose name a kernel is known."""
   return TensorRow(path, str(path[-1]).endswith("kernel"), shape)
-
-
-def target_table(config: TargetConfig, style: Style = "huggingface") -> Table:
-  """Every tensor of a target's checkpoint, by its name in the file.
-
-  Args:
-    config: the target. A tied head has no row: see `tie_head`.
-    style: whose names.
-  """
-  column = 0 if style == "huggingface" else 1
-  V, D = config.vocab_size, config.width
-  top: dict[Path, tuple[int, ...]] = {
-    ("embedding",): (V, D),
-    ("norm", "scale"): (D,),
-  }
-  if not config.tied_head:
-    top["head", "kernel"] = (V, D)
-  table = {_TOP_NAMES[path][column]: make_row(path, top[path]) for path in top}
-  shapes = layer_shapes(config, bias=config.qkv_bias, norms=config.qk_norm)
-  for i in range(config.num_layers):
-    prefix = _LAYER_PREFIX[column].format(i)
-    for path, shape in shapes.items():
-      name = prefix + LAYER_NAMES[path][column]
-      table[name] = make_row(("layers", i, *path), shape)
-  return table
 
 
 def _some(names: Sequence[str]) -> str:

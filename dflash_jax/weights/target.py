@@ -4,29 +4,20 @@ import os
 from typing import Any
 
 from dflash_jax.config import TargetConfig
-from dflash_jax.weights import names, quantization
+from dflash_jax.weights import experts, families, names, quantization
 from dflash_jax.weights.drafter_config import scaling_fields
 from dflash_jax.weights.model_directory import write_model
-from dflash_jax.weights.names import WeightsError
-
-ARCHITECTURES = {
-  "llama": "LlamaForCausalLM",
-  "qwen2": "Qwen2ForCausalLM",
-  "qwen3": "Qwen3ForCausalLM",
-}
+from dflash_jax.weights.target_names import target_table
 
 
 def target_fields(config: TargetConfig, dtype: str) -> dict[str, Any]:
-  """config.json of a target; `read_target_config` is its inverse."""
-  options = (config.qkv_bias, config.qk_norm)
-  own = (config.family == "qwen2", config.family == "qwen3")
-  if options != own:
-    raise WeightsError(
-      f"family {config.family} has qkv_bias, qk_norm = {own}, not {options}; "
-      "name the family that does"
-    )
+  """config.json of a target; `read_target_config` is its inverse.
+
+  Raises:
+    WeightsError: a network that its family's keys cannot say.
+  """
   return {
-    "architectures": [ARCHITECTURES[config.family]],
+    "architectures": [families.ARCHITECTURES[config.family]],
     "model_type": config.family,
     "eos_token_id": list(config.eos_ids) or None,
     "head_dim": config.head_width,
@@ -43,6 +34,7 @@ def target_fields(config: TargetConfig, dtype: str) -> dict[str, Any]:
     "tie_word_embeddings": config.tied_head,
     "torch_dtype": dtype,
     "vocab_size": config.vocab_size,
+    **families.option_fields(config),
   }
 
 
@@ -71,7 +63,8 @@ def save_target(
   """
   if config.tied_head:
     params = {name: x for name, x in params.items() if name != "head"}
-  table = names.target_table(config)
+  params = experts.scatter(params, config)
+  table = target_table(config)
   tensors = names.stored_tensors(table, params, dtype, source="params to save")
   fields = target_fields(config, names.main_dtype(tensors))
   fields |= quantization.describe(table, tensors)

@@ -40,10 +40,12 @@ def block_attention(
   length: jax.Array,
   ancestors: jax.Array | None = None,
   *,
+  depths: jax.Array | None = None,
   prefix: Prefix | None = None,
   member: jax.Array | None = None,
   window: int | None = None,
   scale: float | None = None,
+  sinks: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Grouped-query attention of P new tokens over a cache and over each other.
@@ -61,14 +63,18 @@ def block_attention(
       word j // 32 is set. Of a tree, its ancestors, as dflash_jax.tree packs
       them; of a drafter's block, any mask (reference.pack_mask). A row must see
       itself. None for a chain: row i sees keys j <= i.
+    depths: i32[B, P], how far each row stands behind the cache; of a tree that
+      has a window, the nodes' depths. None for row i at i.
     prefix: keys f[G, S0, H], values f[G, S0, H] and length i32[] of what all
       sequences begin with, before their caches. It is read once for all.
     member: bool[B], the sequences that begin with the prefix; None for all. Of
       others, positions begin with their caches.
     window: each row sees this many last positions, its own included; positions
-      are prefix length + length + i, so a tree has no window. Where there are
-      `ancestors`, they alone say which new keys a row sees.
+      are prefix length + length + depth. Where there are `ancestors`, they
+      alone say which new keys a row sees.
     scale: of the scores; 1 / sqrt(H) if None.
+    sinks: f[N], of each query head the score of one more key, whose value is 0;
+      not scaled.
     implementation: None for the fastest, or a name in dispatch.IMPLEMENTATIONS.
 
   Returns:
@@ -79,21 +85,29 @@ def block_attention(
     NotImplementedError: an implementation that cannot run here, or not on them.
   """
   arrays = (query, key, value, past_key, past_value, length, ancestors)
-  _check(*arrays, prefix, member, window, scale)
+  _check(*arrays, depths, prefix, member, window, scale, sinks)
   limit = _kernel_limit(key, past_key, prefix)
   chosen, _ = dispatch.choose(NAME, implementation, limit)
   if chosen == "xla":
     return reference.block_attention(
-      *arrays, prefix=prefix, member=member, window=window, scale=scale
+      *arrays,
+      depths=depths,
+      prefix=prefix,
+      member=member,
+      window=window,
+      scale=scale,
+      sinks=sinks,
     )
   with jax.named_scope(NAME):
     return run_kernel(
       chosen,
       *arrays,
+      depths=depths,
       prefix=prefix,
       member=member,
       window=window,
       scale=scale,
+      sinks=sinks,
     )
 
 
@@ -110,7 +124,9 @@ def run_kernel(
   prefix: Prefix | None,
   window: int | None,
   scale: float | None,
+  depths: jax.Array | None = None,
   member: jax.Array | None = None,
+  sinks: jax.Array | None = None,
   config: Config | None = None,
   interpret: object = None,
 ) -> jax.Array:
@@ -118,7 +134,7 @@ def run_kernel(
   B, P, N, H = query.shape
   G = key.shape[1]
   rows = partials.pack(query.astype(key.dtype), G)
-  oldest = reference.oldest_visible(P, length, window)
+  oldest = reference.oldest_visible(P, length, window, depths)
   if oldest is not None:
     oldest = partials.by_row(oldest, N // G)
   attend = functools.partial(
@@ -147,6 +163,8 @@ def run_kernel(
     if member is not None:
       part = partials.drop(part, ~jnp.repeat(member, G))
     parts.insert(0, part)
+  if sinks is not None:
+    parts.append(partials.of_sinks(sinks, rows, B))
   return partials.unpack(partials.merge(parts), B, P)
 
 
@@ -243,10 +261,12 @@ def _check(
   past_value,
   length,
   ancestors,
+  depths,
   prefix,
   member,
   window,
   scale,
+  sinks,
 ) -> None:
   """Raises ValueError for what nobody could compute."""
 
@@ -285,6 +305,13 @@ def _check(
     wanted[names[2]] = (shared[names[2]], ())
     whole["prefix length"] = shared.pop("prefix length")
     floats |= shared
+  if depths is not None:
+    wanted["depths"] = (depths, (B, P))
+    whole["depths"] = depths
+  if sinks is not None:
+    wanted["sinks"] = (sinks, (N,))
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+      refuse(f"sinks is {sinks.dtype}; use a floating-point type")
   if member is not None:
     if prefix is None:
       refuse("member says who begins with a prefix, and there is none")

@@ -1,5 +1,6 @@
 """From the operation's arrays to rows of queries, and from parts to a whole."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,24 @@ def drop(part: Partial, void: jax.Array) -> Partial:
   """A part that void bool[X] of its heads f[C, X, ...] have no keys in."""
   nothing = jnp.where(void[:, None], LOWEST, part.total)
   return Partial(part.out, nothing)
+
+
+def of_sinks(sinks: jax.Array, rows: jax.Array, batch: int) -> Partial:
+  """The part of keys without a value, one for each query head.
+
+  Args:
+    sinks: f[N], their scores.
+    rows: f[B * G, N / G * P, H], as `pack` gives them.
+    batch: B.
+  """
+  heads, count, _ = rows.shape
+  num_kv_heads = heads // batch
+  per_head = sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1)
+  num_tokens = count // per_head.shape[1]
+  total = jnp.broadcast_to(
+    per_head, (batch, *per_head.shape[:2], num_tokens)
+  ).reshape(1, heads, count)
+  return Partial(jnp.zeros((1, *rows.shape)), total * math.log2(math.e))
 
 
 def _add_up(terms: jax.Array) -> jax.Array:

@@ -25,13 +25,15 @@ def block_attention(
   member: jax.Array | None = None,
   window: int | None,
   scale: float | None,
+  depths: jax.Array | None = None,
+  sinks: jax.Array | None = None,
 ) -> jax.Array:
   """As the public operation: all scores, one softmax, the weighted values."""
   B, P, N, H = query.shape
   G = key.shape[1]
   grouped = query.reshape(B, P, G, N // G, H).transpose(0, 2, 3, 1, 4)
   grouped = grouped.reshape(B, G, (N // G) * P, H)
-  oldest = oldest_visible(P, length, window)
+  oldest = oldest_visible(P, length, window, depths)
   parts = [
     (past_key, past_value, _visible(past_key, length, oldest)),
     (key, value, block_mask(P, ancestors, window)),
@@ -51,6 +53,9 @@ def block_attention(
     return jnp.where(mask[:, None, None], scores, HIDDEN)
 
   scores = [score(part_key, mask) for part_key, _, mask in parts]
+  if sinks is not None:  # the last column, of a key whose value is 0
+    column = sinks.astype(jnp.float32).reshape(G, N // G, 1, 1)
+    scores.append(jnp.broadcast_to(column, (B, G, N // G, P, 1)))
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = weights.reshape(B, G, (N // G) * P, -1)
   out, first = jnp.zeros((), jnp.float32), 0
@@ -63,13 +68,17 @@ def block_attention(
 
 
 def oldest_visible(
-  num_tokens: int, length: jax.Array, window: int | None
+  num_tokens: int,
+  length: jax.Array,
+  window: int | None,
+  depths: jax.Array | None = None,
 ) -> jax.Array | None:
   """i32[B, P]: the first cache slot that a row sees; negative: in a prefix."""
   if window is None:
     return None
-  tokens = jnp.arange(num_tokens, dtype=jnp.int32)
-  return length[:, None] + tokens + (1 - window)
+  if depths is None:
+    depths = jnp.arange(num_tokens, dtype=jnp.int32)
+  return length[:, None] + depths + (1 - window)
 
 
 def block_mask(

@@ -31,6 +31,7 @@ def block_attention(
   window: int | None = None,
   prefix: tuple[int, int] | None = None,
   member: list[int] | None = None,
+  sinks: bool = False,
   split_tiles: int = 2,
   stages: int = 2,
   rising: bool = False,
@@ -45,12 +46,15 @@ def block_attention(
     heads, kv_heads, head_width: N, G, H.
     tree: a random one, or a chain.
     block: a drafter's, whose rows see later ones too, and some see none.
-    window, prefix, member: of the operation; slots and length of a prefix.
+    window, prefix, member: of the operation; slots and length of a prefix. Of
+      a tree with a window, nodes stand where their depths say.
+    sinks: of the operation, near the largest scores.
     split_tiles, stages: of the configuration.
     rising: later keys outweigh earlier ones by far.
     steep: scores are multiples of 4, and scaled by a number that rounds.
     default: the default configuration, not small tiles and splits.
   """
+  from dflash_jax.tree import ancestors
   from pallas_kernels.block_attention import api, reference
   from pallas_kernels.block_attention.config import Config
 
@@ -77,8 +81,16 @@ def block_attention(
     keywords["member"] = jnp.array(member, bool)
   more = (
     jnp.array(lengths, jnp.int32),
-    random_ancestors(rng, B, tokens) if tree else None,
+    None,
   )
+  if tree:
+    grown = random_tree(rng, B, tokens)
+    more = (more[0], ancestors(grown, window))
+    if window is not None:
+      keywords["depths"] = jnp.pad(grown.depths, ((0, 0), (1, 0)))
+  if sinks:
+    highest = jnp.array(rng.integers(0, 9, heads), jnp.float32)
+    keywords["sinks"] = highest * SCALE
   if block:
     exists = np.arange(tokens) < rng.integers(1, tokens + 1, (B, 1, 1))
     seen = jnp.array(exists | np.eye(tokens, dtype=bool))
@@ -113,13 +125,24 @@ def block_attention(
   np.testing.assert_allclose(got, want, 3e-6, 3e-6)
 
 
-def random_ancestors(rng, batch: int, tokens: int):
-  """u32[B, P, W] of trees in which any node may follow any before it."""
-  from dflash_jax import tree
+def random_tree(rng, batch: int, tokens: int):
+  """One of each sequence, in which any node may follow any before it."""
+  from dflash_jax.tree import Tree
 
   parents = rng.integers(0, np.arange(1, tokens), (batch, tokens - 1))
+  depths = np.zeros((batch, tokens), np.int32)
+  for node in range(1, tokens):
+    above = np.take_along_axis(depths, parents[:, node - 1 : node], 1)
+    depths[:, node] = above[:, 0] + 1
   parents = jnp.array(parents, jnp.int32)
-  return tree.ancestors(tree.Tree(parents, parents, parents))
+  return Tree(parents, jnp.array(depths[:, 1:]), parents)
+
+
+def random_ancestors(rng, batch: int, tokens: int):
+  """u32[B, P, W] of such trees."""
+  from dflash_jax.tree import ancestors
+
+  return ancestors(random_tree(rng, batch, tokens))
 
 
 def unread_is_nan(keys, oldest: list[int], lengths: list[int]):

@@ -26,6 +26,20 @@ SHAPES = (
   dict(tokens=7, slots=200, lengths=[199], heads=9, kv_heads=3, default=True),
   dict(tokens=7, slots=200, lengths=[0, 131], heads=2, block=True),
   dict(tokens=37, slots=136, lengths=[130], block=True, window=67),
+  dict(tokens=5, slots=72, lengths=[9], heads=6, kv_heads=3, sinks=True),
+  dict(tokens=37, slots=328, lengths=[259], heads=2, tree=True, window=77),
+  dict(
+    tokens=9,
+    slots=72,
+    lengths=[5, 71],
+    heads=4,
+    kv_heads=2,
+    prefix=(200, 131),
+    member=[1, 0],
+    tree=True,
+    window=3,
+    sinks=True,
+  ),
 )
 SHORT = dict(tokens=3, slots=200, lengths=[131], heads=2)
 EMPTY = dict(tokens=1, slots=200, lengths=[100])

@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 
 from dflash_jax import layers
+from dflash_jax.tree import ancestors
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_attention.reference import pack_mask
-from tests.pallas_kernels.checks_block_attention import random_ancestors
+from tests.pallas_kernels.checks_block_attention import (
+  random_ancestors,
+  random_tree,
+)
 
 
 def operands(batch=2, tokens=5, heads=6, kv_heads=2, slots=13, width=8):
@@ -35,6 +39,8 @@ def by_hand(
   prefix=None,
   window=None,
   scale=None,
+  depths=None,
+  sinks=None,
 ):
   """One row at a time, in float64; seen bool[B, P, P] for a tree."""
   B, P, N, H = query.shape
@@ -52,11 +58,17 @@ def by_hand(
       for arrays in zip(*parts, strict=True)
     )
     if window is not None:
+      # A path has no gaps, so its last keys are those that stand nearest.
+      assert depths is None or depths[b, i] == len(own) - 1
       keys, values = keys[-window:], values[-window:]
     scores = keys @ query[b, i, n].astype(np.float64)
     weights = np.exp(scores * (scale or H**-0.5))
-    out[b, i, n] = weights @ values / weights.sum()
+    sink = 0.0 if sinks is None else np.exp(np.float64(sinks[n]))
+    out[b, i, n] = weights @ values / (weights.sum() + sink)
   return out
+
+
+SINKS = np.array([0.5, -1.0, 3.0, 0.0, 1.5, 8.0], np.float32)
 
 
 def shared_prefix(slots=9, length=7, kv_heads=2, width=8):
@@ -93,8 +105,65 @@ def test_who_is_no_member_has_no_prefix(window):
     np.testing.assert_allclose(found, want, 1e-5, 1e-5)
 
 
-def unpacked(ancestors):
-  words = np.asarray(ancestors)[..., None] >> np.arange(32, dtype=np.uint32)
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sink_takes_its_share_once(window):
+  """Also of rows without a prefix, and of one that sees nothing but itself."""
+  arrays = operands()
+  keywords = dict(window=window, scale=0.7, sinks=SINKS)
+  with_it = by_hand(*arrays, prefix=shared_prefix(), **keywords)
+  without = by_hand(*arrays, **keywords)
+  member = np.array([True, False])
+  found = block_attention(
+    *arrays, prefix=shared_prefix(), member=member, **keywords
+  )
+  want = np.where(member[:, None, None, None], with_it, without)
+  np.testing.assert_allclose(found, want, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sink_is_what_two_attentions_merged_leave_of_it(window):
+  query, key, value, *past, length = operands()
+  slots, tokens = np.arange(13), np.arange(5)
+  age = length[:, None, None] + tokens[:, None] - slots
+  visible = (slots < length[:, None, None]) & (age < (window or 99))
+  behind = tokens[:, None] - tokens
+  seen = ((behind >= 0) & (behind < (window or 99)))[None].repeat(2, axis=0)
+  first = layers.attend_with_lse(query, *past, visible)
+  second = layers.attend_with_lse(query, key, value, seen)
+  merged = layers.merge_attention(first, second)
+  total = jnp.logaddexp(first[1], second[1])
+  want = layers.apply_sinks(merged, total, jnp.asarray(SINKS))
+  found = block_attention(
+    query, key, value, *past, length, window=window, sinks=SINKS
+  )
+  np.testing.assert_allclose(found, want, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 3, 6, 40])
+@pytest.mark.parametrize("tokens", [7, 37])
+def test_a_window_in_a_tree_counts_depths(window, tokens):
+  arrays = operands(tokens=tokens)
+  tree = random_tree(np.random.default_rng(5), 2, tokens)
+  depths = np.pad(tree.depths, ((0, 0), (1, 0)))
+  found = block_attention(
+    *arrays,
+    ancestors(tree, window),
+    depths=depths,
+    prefix=shared_prefix(),
+    window=window,
+  )
+  want = by_hand(
+    *arrays,
+    seen=unpacked(ancestors(tree)),
+    depths=depths,
+    prefix=shared_prefix(),
+    window=window,
+  )
+  np.testing.assert_allclose(found, want, 1e-5, 1e-5)
+
+
+def unpacked(packed):
+  words = np.asarray(packed)[..., None] >> np.arange(32, dtype=np.uint32)
   bits = (words & 1).astype(bool).reshape(*words.shape[:2], -1)
   return bits[..., : words.shape[1]]
 
@@ -102,19 +171,19 @@ def unpacked(ancestors):
 @pytest.mark.parametrize("tokens", [1, 7, 32, 37])
 def test_a_tree_sees_its_ancestors(tokens):
   arrays = operands(tokens=tokens)
-  ancestors = random_ancestors(np.random.default_rng(0), 2, tokens)
-  found = block_attention(*arrays, ancestors, prefix=shared_prefix())
-  want = by_hand(*arrays, seen=unpacked(ancestors), prefix=shared_prefix())
+  packed = random_ancestors(np.random.default_rng(0), 2, tokens)
+  found = block_attention(*arrays, packed, prefix=shared_prefix())
+  want = by_hand(*arrays, seen=unpacked(packed), prefix=shared_prefix())
   np.testing.assert_allclose(found, want, 1e-5, 1e-5)
 
 
 def test_a_node_gets_what_the_last_token_of_its_path_gets():
   query, key, value, *past = operands(tokens=9)
-  ancestors = random_ancestors(np.random.default_rng(3), 2, 9)
-  found = block_attention(query, key, value, *past, ancestors)
+  packed = random_ancestors(np.random.default_rng(3), 2, 9)
+  found = block_attention(query, key, value, *past, packed)
   for node in range(9):
     for row in range(2):
-      path = np.flatnonzero(unpacked(ancestors)[row, node])
+      path = np.flatnonzero(unpacked(packed)[row, node])
       own = slice(row, row + 1)
       chain = block_attention(
         query[own, path],
@@ -162,9 +231,9 @@ def test_a_drafters_block_gets_what_two_attentions_merged_get(
 
 def test_bits_past_the_last_token_mean_nothing():
   arrays = operands(tokens=3)
-  ancestors = np.array([[[1], [3], [7]]] * 2, np.uint32)
-  found = block_attention(*arrays, ancestors | np.uint32(0xFFFFFFF8))
-  np.testing.assert_array_equal(found, block_attention(*arrays, ancestors))
+  packed = np.array([[[1], [3], [7]]] * 2, np.uint32)
+  found = block_attention(*arrays, packed | np.uint32(0xFFFFFFF8))
+  np.testing.assert_array_equal(found, block_attention(*arrays, packed))
 
 
 # --- What is refused, and where it runs ---------------------------------------
@@ -190,6 +259,10 @@ def given(**changed):
     (dict(key=np.zeros((2, 2, 5, 8), jnp.bfloat16)), "but key is bfloat16"),
     (dict(ancestors=np.zeros((2, 5, 2), np.uint32)), "ancestors has shape"),
     (dict(ancestors=np.zeros((2, 5, 1), np.int32)), "ancestors is int32"),
+    (dict(depths=np.zeros((2, 4), np.int32)), "depths has shape"),
+    (dict(depths=np.zeros((2, 5), np.float32)), "depths is float32"),
+    (dict(sinks=np.zeros(5, np.float32)), "sinks has shape"),
+    (dict(sinks=np.zeros(6, np.int32)), "sinks is int32"),
     (dict(window=0), "window=0"),
     (dict(scale=0.0), "scale=0.0"),
     (dict(prefix=shared_prefix(kv_heads=1)), "prefix key has shape"),

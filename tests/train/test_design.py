@@ -15,6 +15,7 @@ from dflash_jax.config import (
 from dflash_jax.config_json import from_json
 from dflash_jax.drafters import Eagle3
 from dflash_jax.networks import Confidence, Convolution, Gru, Markov, Selector
+from dflash_jax.target_network import Experts
 from train.design import design_drafter, make_drafter
 from train.record import Run
 
@@ -182,3 +183,19 @@ def test_sizes_go_where_they_belong():
 def test_what_cannot_be_built_is_refused(draft, message):
   with pytest.raises(ConfigError, match=message):
     design(**draft)
+
+
+def test_a_small_model_with_experts_is_not_drawn_up():
+  config: Config = get_config()
+  config.drafter = dataclasses.replace(config.drafter, name="lm")
+  target = config.target.random
+  assert target is not None
+  design_drafter(config, target)
+  experts = Experts(count=3, top_k=1, width=5)
+  for change in (
+    {"experts": experts},
+    {"attention_sinks": True},
+    {"layer_windows": (7,) * target.num_layers},
+  ):
+    with pytest.raises(ConfigError, match="drafter.name=lm"):
+      design_drafter(config, dataclasses.replace(target, **change))

@@ -13,6 +13,7 @@ from dflash_jax.config import DrafterConfig, TargetConfig
 from dflash_jax.weights import names
 from dflash_jax.weights.drafter_names import EXTRAS, drafter_table, publish
 from dflash_jax.weights.names import WeightsError
+from dflash_jax.weights.target_names import target_table
 from tests.testing import VARIANTS
 
 TARGET = TargetConfig(
@@ -42,9 +43,9 @@ DRAFTER = DrafterConfig(
   target_width=11,
 )
 TABLES = {
-  "huggingface": names.target_table(TARGET),
-  "gguf": names.target_table(TARGET, "gguf"),
-  "tied": names.target_table(dataclasses.replace(TARGET, tied_head=True)),
+  "huggingface": target_table(TARGET),
+  "gguf": target_table(TARGET, "gguf"),
+  "tied": target_table(dataclasses.replace(TARGET, tied_head=True)),
   "drafter": drafter_table(DRAFTER),
 } | {
   name: drafter_table(dataclasses.replace(DRAFTER, **parts))
@@ -199,7 +200,7 @@ def test_only_the_options_of_a_target_have_rows(family):
   config = dataclasses.replace(
     TARGET, family=family, qkv_bias=False, qk_norm=family == "qwen3"
   )
-  table = names.target_table(config)
+  table = target_table(config)
   assert not any(name.endswith(".bias") for name in table)
   assert any("q_norm" in name for name in table) == (family == "qwen3")
 

@@ -18,6 +18,7 @@ from dflash_jax.weights import names
 from dflash_jax.weights.drafter_names import drafter_table
 from dflash_jax.weights.eagle3 import eagle3_table
 from dflash_jax.weights.names import WeightsError
+from dflash_jax.weights.target_names import target_table
 from pallas_kernels.fp8_matmul import quantize
 from tests.testing import VARIANTS
 from tests.weights.test_drafter import CONFIG, assert_same, draw, edit
@@ -179,7 +180,7 @@ def test_eagle3_survives_saving_with_its_head_whole(tmp_path):
 
 def test_a_language_model_in_8_bits_drafts_but_is_no_target(tmp_path):
   rng = np.random.default_rng(0)
-  table = names.target_table(LM)
+  table = target_table(LM)
   params = names.build_tree(
     table, lambda name: rng.normal(size=table[name].shape), "float32"
   )

@@ -175,6 +175,11 @@ def build(case, seed):
   return model
 
 
+def decoder(model):
+  """Returns the part of a model that reads text: its layers and final norm."""
+  return getattr(model.model, "language_model", model.model)
+
+
 @contextlib.contextmanager
 def layer_outputs(model):
   """Yields a list that each forward pass fills with its layers' outputs.
@@ -187,7 +192,7 @@ def layer_outputs(model):
   def keep(_, __, output):
     outputs.append(output[0] if isinstance(output, tuple) else output)
 
-  hooks = [x.register_forward_hook(keep) for x in model.model.layers]
+  hooks = [x.register_forward_hook(keep) for x in decoder(model).layers]
   try:
     yield outputs
   finally:
@@ -216,7 +221,7 @@ def compute(model, tokens):
   inner = torch.stack(output.hidden_states[1:-1])
   torch.testing.assert_close(states[:-1], inner, rtol=0, atol=0)
   torch.testing.assert_close(
-    model.model.norm(states[-1]), output.hidden_states[-1], rtol=0, atol=0
+    decoder(model).norm(states[-1]), output.hidden_states[-1], rtol=0, atol=0
   )
   continuation, margin = greedy(model, tokens, NUM_GREEDY)
   arrays = {
