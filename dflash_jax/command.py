@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dflash_jax import config_file
-from dflash_jax.config import Config, ConfigError
+from dflash_jax.config import ConfigError
 from dflash_jax.prompts import PromptError
 from dflash_jax.tokenizer import TokenizerError
 from dflash_jax.weights import WeightsError
@@ -24,9 +24,10 @@ EXPECTED = (ConfigError, PromptError, TokenizerError, WeightsError)
 
 
 def run(
-  main: Callable[[Config], None],
+  main: Callable[..., None],
   define_flags: Callable[[], None] = lambda: None,
   *,
+  operands: bool = False,
   errors: tuple[type[Exception], ...] = (),
 ) -> NoReturn:
   """Parses flags, --config and its overrides among them, and calls main.
@@ -35,8 +36,10 @@ def run(
   any other is a bug and keeps its traceback.
 
   Args:
-    main: takes the config, overrides applied.
+    main: takes the config, overrides applied; and the operands, if there may
+      be any.
     define_flags: defines the program's other flags.
+    operands: whether arguments that are no options are the program's.
     errors: expected ones, besides those of the library.
   """
   expected = EXPECTED + errors
@@ -57,12 +60,13 @@ def run(
 
   def guarded(arguments: Sequence[str]) -> None:
     try:
-      if len(arguments) > 1:
+      if len(arguments) > 1 and not operands:
         raise ConfigError(
           f"stray argument {arguments[1]!r}; every option starts with --"
         )
       config_file.check_values(flags.FLAGS.config)
-      main(flags.FLAGS.config)
+      given = (list(arguments[1:]),) if operands else ()
+      main(flags.FLAGS.config, *given)
     except expected as error:
       _fail(error)
     except KeyboardInterrupt:
