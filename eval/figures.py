@@ -77,9 +77,9 @@ def dots(
   parts, y, group = [], float(svg.TOP), None
   for row in rows:
     if row.group != group:
-      group, y = row.group, y + 16
-      parts.append(svg.text(4, y, svg.cut(group, svg.WIDTH - 8), "strong"))
-      y += 4
+      y += 12 if group is None else 26
+      group = row.group
+      parts.append(svg.text(4, y, svg.cut(group, svg.WIDTH - 30), "strong"))
     y += 16
     parts.append(
       svg.text(left - 8, y + 4, svg.cut(row.name, left - 12), end="end")

@@ -41,7 +41,7 @@ th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
   border-top: 1px solid var(--faint) }
 thead th { border-top: 0; background: var(--soft) }
 .name { text-align: left }
-.figures { display: grid; gap: 1rem;
+.figures { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
 figure { margin: 0; padding: .6rem; border: 1px solid var(--faint);
   border-radius: 6px; min-width: 0; max-width: 30rem }

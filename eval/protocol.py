@@ -57,10 +57,11 @@ PROTOCOL = {
   "the gap between the two best logits where a reply first differs. Two shapes "
   "of the same pass round apart there, so the share alone says little.",
   "round_time": "A round's draft, verify and commit are jitted apart, each "
-  "timed to its end, medians over rounds; verify ends with the verdict, commit "
-  "keeps what was accepted and has the drafter absorb it. Host is what a "
-  "dispatch of no rounds costs, launch and look together, and device the rest "
-  "of a dispatch, both per round.",
+  "timed to its end; verify ends with the verdict, commit keeps what was "
+  "accepted and has the drafter absorb it. Host is what a dispatch of no "
+  "rounds costs, launch and look together, by the rounds of a real one. The "
+  "whole is a real dispatch by its rounds; parts and whole take turns, and "
+  "medians are reported.",
   "memory": "Bytes of parameters and caches are sums over arrays; the peak is "
   "the device's own count or, where it keeps none, the most that the whole "
   "process has had resident.",

@@ -21,13 +21,13 @@ def tabulate_rounds(runs: Sequence[Run]) -> Table:
         f"{run.temperature:g}",
         str(found["width"]),
         *(f"{found[f'{part}_ms']:.2f}" for part in PARTS),
-        f"{found['device_ms']:.2f}",
-        f"{found['parts_over_device']:.0%}",
+        f"{found['whole_ms']:.2f}",
+        f"{found['parts_over_whole']:.0%}",
       ]
     )
   return Table(
     "A round's time, ms",
-    ["drafter", "T", "width", *PARTS, "device, whole", "parts / whole"],
+    ["drafter", "T", "width", *PARTS, "whole", "parts / whole"],
     rows,
     note="Parts are jitted and timed one by one, and the whole inside the "
     "loop's dispatch: the last column says how well they add up.",

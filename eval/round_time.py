@@ -19,6 +19,7 @@ from dflash_jax.costs import ENDLESS
 from dflash_jax.decode import Decoder
 from dflash_jax.decode_state import DecodeState, ModelParams
 from dflash_jax.model import Model
+from dflash_jax.session import bucket
 from dflash_jax.width import Fixed
 
 PASSES = 7  # timed dispatches, and as many rounds in parts; medians count
@@ -40,9 +41,9 @@ def split_round(model: Model, sizes: Sizes) -> dict[str, Any]:
   Adaptive widths are measured at the widest: the split is of one width.
 
   Returns:
-    "draft_ms", "verify_ms", "commit_ms", "device_ms", "host_ms" of a round;
-    "parts_over_device", the first three over the fourth; "width", nodes
-    verified; and the sizes.
+    "draft_ms", "verify_ms", "commit_ms", "host_ms" of a round; "whole_ms", of
+    a round inside a dispatch; "parts_over_whole", the first four over that;
+    "width", nodes verified; and the sizes.
   """
   # Its rows never end, so that every round does its work.
   decoder = dataclasses.replace(
@@ -56,21 +57,21 @@ def split_round(model: Model, sizes: Sizes) -> dict[str, Any]:
   idle = dataclasses.replace(decoder, rounds_per_dispatch=0)
 
   def measure() -> tuple[float, ...]:
-    """Seconds of a round: draft, verify, commit, device, host."""
+    """Seconds of a round: draft, verify, commit, host; and all of it."""
     parts = _time_parts(decoder, params, _copy(start))
     host = _time_dispatch(idle, params, _copy(start))
-    wall = _time_dispatch(decoder, params, _copy(start))
-    return *parts, (wall - host) / rounds, host / rounds
+    whole = _time_dispatch(decoder, params, _copy(start))
+    return *parts, host / rounds, whole / rounds
 
   measure()  # compiles
   # The parts and the whole take turns, so that slow moments hit both.
   passes = np.array([measure() for _ in range(PASSES)])
-  names = ("draft_ms", "verify_ms", "commit_ms", "device_ms", "host_ms")
+  names = ("draft_ms", "verify_ms", "commit_ms", "host_ms", "whole_ms")
   medians = 1e3 * np.median(passes, axis=0)
-  shares = passes[:, :3].sum(axis=1) / passes[:, 3]
+  shares = passes[:, :4].sum(axis=1) / passes[:, 4]
   return {
     **{n: round(float(ms), 4) for n, ms in zip(names, medians, strict=True)},
-    "parts_over_device": round(float(np.median(shares)), 4),
+    "parts_over_whole": round(float(np.median(shares)), 4),
     "width": decoder.drafting.num_nodes,
     "rounds_per_dispatch": rounds,
     **dataclasses.asdict(sizes),
@@ -80,7 +81,12 @@ def split_round(model: Model, sizes: Sizes) -> dict[str, Any]:
 def describe_memory(model: Model, sizes: Sizes) -> dict[str, Any]:
   """Bytes of what is held while these sizes are decoded."""
   decoder = model.decoder()
-  state = jax.eval_shape(lambda: _new_state(decoder, sizes))
+  chunk = bucket(sizes.capacity, model.config.decode.prefill_chunk)
+  state = jax.eval_shape(
+    lambda: decoder.init_state(
+      sizes.batch, sizes.capacity + decoder.slack(chunk), sizes.max_new_tokens
+    )
+  )
   target = _leaves(model.params.target)
   borrowed = {
     key: leaf

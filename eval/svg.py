@@ -13,7 +13,7 @@ from collections.abc import Sequence
 WIDTH = 360
 RIGHT, TOP = 14, 10  # margins
 COLORS = 8
-LETTER = 6.2  # mean width, in units
+LETTER = 6.9  # width, in units, of a wide font
 
 
 @dataclasses.dataclass(frozen=True)
