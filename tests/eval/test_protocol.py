@@ -9,8 +9,8 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs" / "protocol.md"
 
 
 def words(text):
-  """The text with one space between words."""
-  return " ".join(text.split())
+  """The text with one space between words, and no marks of quotation."""
+  return " ".join(word for word in text.split() if word != ">")
 
 
 def test_docs_say_what_the_code_does():
