@@ -4,7 +4,14 @@ import dataclasses
 from typing import Any
 
 # What of a record says how it was measured, and on what.
-SECTIONS = ("config", "versions", "machine", "prompt_set", "date")
+SECTIONS = (
+  "config",
+  "drafter_digest",
+  "versions",
+  "machine",
+  "prompt_set",
+  "date",
+)
 
 
 @dataclasses.dataclass(frozen=True)

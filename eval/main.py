@@ -78,6 +78,11 @@ def main(config: Config) -> None:
   values = flags.FLAGS
   if not values.prompts:
     raise ConfigError("--prompts=FILE is missing; name a file of JSON lines")
+  if values.sweep and values.ladder:
+    raise ConfigError(
+      "--ladder reads the replies of one way to decode again, and --sweep has "
+      "many; drop one of them"
+    )
   if values.plot_out:
     plots.check_plot(values.plot_out)
   config = _override(config)

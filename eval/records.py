@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -109,9 +110,10 @@ def _measure(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def circumstances(config: Config) -> dict[str, Any]:
-  """Of a measurement: the config, versions, machine and time."""
+  """Of a measurement: the config, drafter, versions, machine and time."""
   return {
     "config": dataclasses.asdict(config),
+    "drafter_digest": digest_files(config.drafter.path),
     "versions": _versions(),
     "machine": _machine(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -125,6 +127,22 @@ def write_json(path: str, record: dict[str, Any]) -> None:
     ConfigError: the file cannot be written.
   """
   write_whole(path, to_json(record), "--json_out")
+
+
+def digest_files(path: str) -> str:
+  """Of a drafter's directory: another one under the same name is known by it.
+
+  "" of what is no directory.
+  """
+  directory = pathlib.Path(path)
+  if not directory.is_dir():
+    return ""
+  total = hashlib.sha256()
+  for file in sorted(each for each in directory.iterdir() if each.is_file()):
+    with file.open("rb") as content:
+      total.update(file.name.encode() + b"\0")
+      total.update(hashlib.file_digest(content, "sha256").digest())
+  return total.hexdigest()[:16]
 
 
 def to_json(record: dict[str, Any]) -> str:

@@ -227,3 +227,16 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
 def test_plot_must_be_a_png():
   with pytest.raises(ConfigError, match="must end in .png"):
     plots.check_plot("plot.jpg")
+
+
+def test_another_drafter_under_the_same_name_is_known(tmp_path):
+  found = set()
+  for names, text in ((("a", "b"), "x"), (("a", "c"), "x"), (("a", "b"), "y")):
+    directory = tmp_path / f"{names}{text}"
+    directory.mkdir()
+    for name in names:
+      (directory / name).write_text(text)
+    found.add(records.digest_files(str(directory)))
+    assert records.digest_files(str(directory)) in found
+  assert len(found) == 3
+  assert records.digest_files("ngram") == ""
