@@ -4,9 +4,9 @@ r"""The default target's drafters, side by side on three local prompt sets.
       --report=runs/suite.html
 
 Plain decoding, n-gram look-up and the default drafter, at temperatures 0 and
-1: 8 prompts a set, up to 128 tokens a reply. On two free CPU cores the 3 x 2
-measurements take about 25 minutes; what is there is not measured again. More
-drafters, each a line "NAME: PATH field=value ...":
+1: 8 prompts a set, up to 128 tokens a reply. On two free CPU cores that
+takes some 20 minutes (estimated), half of them to compile; what is there is not
+measured again. More drafters, each a line "NAME: PATH field=value ...":
 
     --config.suite.drafters='("ngram: ngram", "eagle3: runs/eagle3/drafter")'
 

@@ -33,6 +33,7 @@ _INCOMPARABLE = (
   "config.eval.max_new_tokens",
   "config.decode.temperature",
 )
+FEW = 10  # prompts, below which a bootstrap's percentiles are a guess
 _MACHINE = ("machine.cpu", "machine.device", "machine.cores")
 
 
@@ -248,9 +249,11 @@ def _say_drawn(
   here: Run, there: Run, pair: tuple[Replies, Replies] | None
 ) -> str:
   if pair:
+    count = pair[0].prompts
+    few = " SO FEW make intervals too narrow." if count < FEW else ""
     return (
-      f"Paired over the same {pair[0].prompts} prompts. *: the interval "
-      "excludes no difference."
+      f"Paired over the same {count} prompts.{few} *: the interval excludes no "
+      "difference."
     )
   if here.replies is None or there.replies is None:
     return "No intervals: a record has no replies; measure it anew."
