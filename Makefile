@@ -33,7 +33,7 @@ ifneq ($(shell $(PY) -c 'print("runs")' 2>/dev/null),runs)
 $(shell rm -f $(READY) $(AOT_READY))
 endif
 
-.PHONY: help setup demo test test-slow kernels aot lint format clean
+.PHONY: help setup demo test test-slow pages kernels aot lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,11 @@ test: $(READY)  ## run the tests; ARGS='-k name' picks some
 
 test-slow: $(READY)  ## run the long proofs that `make test` leaves out
 	@$(TESTED) $(PY) -m pytest -m slow $(ARGS)
+
+pages: $(READY)  ## look at the report's page in a headless Chromium
+	@command -v chromium >/dev/null || { \
+	  echo 'error: there is no chromium; apt-get install chromium' >&2; exit 1; }
+	@$(TESTED) $(PY) -m pytest -m browser $(ARGS)
 
 kernels: $(READY) $(AOT_READY)  ## run the GPU kernels interpreted, also with planted bugs
 	@$(TESTED) $(PY) -m pytest -m kernels -n 2 --dist loadfile $(ARGS)

@@ -69,20 +69,45 @@ def compare(
   warm_up(model, batches)
   warm_up(plain, batches)
   for batch in batches:
-    passes = []
-    for number in range(repeats):
-      callback = on_tokens if number == 0 else None
-      speculative = dict(answer(model, batch, on_tokens=callback))
-      passes.append((speculative, dict(answer(plain, batch))))
-    for place in passes[0][0]:
-      yield (
-        place,
-        Comparison(
-          speculative=_median([ours[place] for ours, _ in passes]),
-          plain=_median([theirs[place] for _, theirs in passes]),
-          guarantee=guarantee,
-        ),
-      )
+    ours, theirs = take_turns(
+      (model, plain), batch, repeats=repeats, on_tokens=on_tokens
+    )
+    for place in ours:
+      yield place, Comparison(ours[place], theirs[place], guarantee)
+
+
+def take_turns(
+  models: Sequence[Model],
+  batch: Batch,
+  *,
+  repeats: int = 1,
+  first: int = 0,
+  on_tokens: OnTokens | None = None,
+) -> list[dict[int, Completion]]:
+  """Decodes a batch by several models, one right after the other.
+
+  Args:
+    models: all of them compiled, see `warm_up`.
+    batch: from plan_batches.
+    repeats: passes over all of them; times become medians.
+    first: whose turn comes first; the others follow in order, and around.
+    on_tokens: of the first model's first pass, as in `generate`.
+
+  Returns:
+    Of each model, its Completions by place in the result.
+  """
+  order = [*range(len(models))]
+  order = order[first:] + order[:first]
+  passes: list[list[dict[int, Completion]]] = [[] for _ in models]
+  for number in range(repeats):
+    for index in order:
+      callback = on_tokens if index == 0 and number == 0 else None
+      found = dict(answer(models[index], batch, on_tokens=callback))
+      passes[index].append(found)
+  return [
+    {place: _median([found[place] for found in mine]) for place in mine[0]}
+    for mine in passes
+  ]
 
 
 def _median(completions: Sequence[Completion]) -> Completion:

@@ -309,6 +309,26 @@ class EvalConfig:
 
 
 @dataclasses.dataclass
+class SuiteConfig:
+  """Which drafters eval.suite sets side by side, and on what.
+
+  Attributes:
+    drafters: a line each, "NAME: PATH field=value ...": what drafter.path would
+      say, and the fields of the decode section in which it differs. Plain
+      decoding is always there.
+    prompts: JSONL files, each measured on its own.
+    temperatures: of the target; each is a measurement of its own.
+    concurrency: requests in flight, a point each of the throughput curve; none
+      leaves the curve out.
+  """
+
+  drafters: tuple[str, ...] = ()
+  prompts: tuple[str, ...] = ()
+  temperatures: tuple[float, ...] = (0.0, 1.0)
+  concurrency: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass
 class AblationConfig:
   """Which drafters train.ablate trains, and how it sets them side by side.
 
@@ -380,6 +400,7 @@ class Config:
   )
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  suite: SuiteConfig = dataclasses.field(default_factory=SuiteConfig)
   ablation: AblationConfig = dataclasses.field(default_factory=AblationConfig)
   agents: AgentsConfig = dataclasses.field(default_factory=AgentsConfig)
 

@@ -193,19 +193,11 @@ class Decoder:
 
   def round(self, params: ModelParams, state: DecodeState) -> DecodeState:
     """Draft, verify, accept, commit: one target pass for every row."""
-    proposal = self.drafter.propose(
-      params.drafter,
-      state.drafter,
-      state.anchor,
-      params.borrowed,
-      self.drafting,
-      Moment(state.seeds, state.cache.length),
-      state.budget - state.count,
-    )
+    proposal = self.propose(params, state)
     widths = self.policy.widths(proposal.num_nodes)
     if len(widths) == 1:
-      read, _ = self._verify(params, state, proposal, widths[0])
-      return self._commit(params, state, read)
+      read, _ = self.verify(params, state, proposal, widths[0])
+      return self.commit(params, state, read)
     nodes = proposal.tree or chain(*proposal.tokens.shape)
     index = self.policy.choose(
       state.width,
@@ -218,16 +210,28 @@ class Decoder:
     # Branches only read the caches: buffers that a branch wrote to would be
     # copied in and out of it.
     branches = [
-      functools.partial(self._verify, params, proposal=proposal, width=width)
+      functools.partial(self.verify, params, proposal=proposal, width=width)
       for width in widths
     ]
     read, outcome = jax.lax.switch(index, branches, state)
     outcome = dataclasses.replace(outcome, index=index)
     seen = self.policy.observe(state.width, outcome, params.costs)
     state = dataclasses.replace(state, width=seen)
-    return self._commit(params, state, read)
+    return self.commit(params, state, read)
 
-  def _verify(
+  def propose(self, params: ModelParams, state: DecodeState) -> Proposal:
+    """Has the drafter offer what may follow the anchors; changes nothing."""
+    return self.drafter.propose(
+      params.drafter,
+      state.drafter,
+      state.anchor,
+      params.borrowed,
+      self.drafting,
+      Moment(state.seeds, state.cache.length),
+      state.budget - state.count,
+    )
+
+  def verify(
     self,
     params: ModelParams,
     state: DecodeState,
@@ -264,7 +268,7 @@ class Decoder:
     )
     return read, outcome
 
-  def _commit(
+  def commit(
     self, params: ModelParams, state: DecodeState, read: Read
   ) -> DecodeState:
     """Emits what a pass decided, and keeps what it read on the way.

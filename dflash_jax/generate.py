@@ -167,6 +167,12 @@ def _shapes(
   return tuple(bucket(length, chunk) for length in longest), capacity
 
 
+def align(batches: Sequence[Batch]) -> list[Batch]:
+  """The same batches with the room of the largest: rounds compile once."""
+  capacity = max((batch.capacity for batch in batches), default=0)
+  return [dataclasses.replace(batch, capacity=capacity) for batch in batches]
+
+
 def warm_up(model: Model, batches: Iterable[Batch]) -> None:
   """Compiles everything that `answer` runs for these batches."""
   for batch in {batch.shapes: batch for batch in batches}.values():

@@ -18,7 +18,7 @@ from absl import flags
 from dflash_jax import command
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.model import load
-from eval import agents_report, records
+from eval import agents_report, plots, records
 from eval.workload import Workload
 
 
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
   values = flags.FLAGS
   config = _override(config)
   if values.plot_out:
-    records.check_plot(values.plot_out)
+    plots.check_plot(values.plot_out)
   if values.report:
     agents_report.check_report(values.report)
   workload, model = Workload.plan(config), load(config)

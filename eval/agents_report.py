@@ -10,7 +10,9 @@ import numpy as np
 
 from dflash_jax.config import Config, ConfigError
 from eval.closed_loop import Run
-from eval.records import align, circumstances, footer, save_plot, write_whole
+from eval.plots import save_plot
+from eval.records import circumstances, write_whole
+from eval.tables import align, footer
 from eval.workload import Measurement
 
 CONVENTIONS = {

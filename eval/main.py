@@ -24,7 +24,8 @@ from dflash_jax import command, decode_flags
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.model import load
 from dflash_jax.prompts import read_prompts
-from eval import records, speed, sweep
+from eval import ladder, plots, records, speed, sweep, tables
+from eval.prompt_sets import PromptSet
 
 # The record, its table, and what draws it into a file.
 Judgement = tuple[dict[str, Any], str, Callable[[str, dict[str, Any]], None]]
@@ -64,6 +65,11 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     "sweep", False, "Compare the ways to decode in config.eval.sweep."
   )
+  flags.DEFINE_bool(
+    "ladder",
+    False,
+    "Have the target read every reply again, see docs/protocol.md.",
+  )
   decode_flags.define_flags()
 
 
@@ -72,8 +78,13 @@ def main(config: Config) -> None:
   values = flags.FLAGS
   if not values.prompts:
     raise ConfigError("--prompts=FILE is missing; name a file of JSON lines")
+  if values.sweep and values.ladder:
+    raise ConfigError(
+      "--ladder reads the replies of one way to decode again, and --sweep has "
+      "many; drop one of them"
+    )
   if values.plot_out:
-    records.check_plot(values.plot_out)
+    plots.check_plot(values.plot_out)
   config = _override(config)
   judge = _sweep if values.sweep else _compare
   record, table, draw = judge(config)
@@ -86,14 +97,19 @@ def main(config: Config) -> None:
 
 def _compare(config: Config) -> Judgement:
   """Judges the drafter as the config's decode section uses it."""
-  prompts = read_prompts(flags.FLAGS.prompts, config.eval.limit)
+  prompt_set = PromptSet.read(flags.FLAGS.prompts, config.eval.limit)
+  prompts = prompt_set.prompts
   model = load(config)
   comparisons = speed.decode_both_ways(model, prompts, config.eval)
   rule = model.decoder().rule
   record = records.to_record(
-    config, len(prompts), rule, comparisons, model.drafter_bytes
+    config, len(prompts), rule, comparisons, model.drafter_bytes, prompt_set
   )
-  return record, records.to_table(record), records.write_plot
+  if flags.FLAGS.ladder:
+    record["ladder"] = ladder.climb(
+      model, speed.plan(model, prompts, config.eval), comparisons
+    )
+  return record, tables.to_table(record), plots.write_plot
 
 
 def _sweep(config: Config) -> Judgement:
@@ -102,7 +118,7 @@ def _sweep(config: Config) -> Judgement:
   prompts = read_prompts(flags.FLAGS.prompts, config.eval.limit)
   results = sweep.evaluate(load(config), prompts, points, config.eval)
   record = records.to_sweep_record(config, len(prompts), results)
-  return record, records.to_sweep_table(record), records.write_sweep_plot
+  return record, tables.to_sweep_table(record), plots.write_sweep_plot
 
 
 def _override(config: Config) -> Config:

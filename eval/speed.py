@@ -8,7 +8,7 @@ import tqdm
 
 from dflash_jax.compare import Comparison, compare
 from dflash_jax.config import EvalConfig
-from dflash_jax.generate import plan_batches
+from dflash_jax.generate import Batch, plan_batches
 from dflash_jax.model import Model
 from dflash_jax.prompts import Prompt
 
@@ -46,16 +46,23 @@ def decode_both_ways(
   model: Model, prompts: Sequence[Prompt], settings: EvalConfig
 ) -> list[Comparison]:
   """One Comparison per turn, prompts in order."""
-  batches = plan_batches(
+  batches = plan(model, prompts, settings)
+  turns = sum(len(p.turns) for batch in batches for p in batch.prompts)
+  found = compare(model, batches, repeats=settings.repeats)
+  results = dict(tqdm.tqdm(found, total=turns, unit="reply", disable=None))
+  return [results[place] for place in range(turns)]
+
+
+def plan(
+  model: Model, prompts: Sequence[Prompt], settings: EvalConfig
+) -> list[Batch]:
+  """The batches that `decode_both_ways` decodes."""
+  return plan_batches(
     model,
     prompts[: settings.limit or None],
     max_new_tokens=settings.max_new_tokens,
     batch_size=settings.batch_size,
   )
-  turns = sum(len(p.turns) for batch in batches for p in batch.prompts)
-  found = compare(model, batches, repeats=settings.repeats)
-  results = dict(tqdm.tqdm(found, total=turns, unit="reply", disable=None))
-  return [results[place] for place in range(turns)]
 
 
 def summarize(comparisons: Sequence[Comparison]) -> Speed:

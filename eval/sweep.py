@@ -101,7 +101,7 @@ def parse(lines: Sequence[str], base: DecodeConfig) -> list[Point]:
     for settings in _multiply(line):
       decode = dataclasses.replace(base, **settings)
       try:
-        _check(decode)
+        check(decode)
       except ConfigError as error:
         raise ConfigError(f"eval.sweep, line {line!r}: {error}") from error
       point = Point(line, settings, decode)
@@ -125,7 +125,7 @@ def _multiply(line: str) -> list[dict[str, Any]]:
       raise ConfigError(
         f"{where} {name} stands there twice; join its values by commas"
       )
-    axes[name] = [_read(name, text, where) for text in values.split(",")]
+    axes[name] = [read_value(name, text, where) for text in values.split(",")]
   if not axes:
     raise ConfigError(f"{where} no axis; write one like {_EXAMPLE}")
   return [
@@ -134,8 +134,8 @@ def _multiply(line: str) -> list[dict[str, Any]]:
   ]
 
 
-def _read(name: str, text: str, where: str) -> Any:
-  """A value, of its field's type."""
+def read_value(name: str, text: str, where: str) -> Any:
+  """A value of a field of DecodeConfig; `where` begins complaints."""
   kind = type(getattr(DecodeConfig(), name))
   try:
     if not text:
@@ -148,7 +148,7 @@ def _read(name: str, text: str, where: str) -> Any:
     ) from error
 
 
-def _check(decode: DecodeConfig) -> None:
+def check(decode: DecodeConfig) -> None:
   """Raises ConfigError for a value that no model could be given."""
   Sampling(*(getattr(decode, name) for name in LAW[:4]))
   try:

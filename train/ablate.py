@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from dflash_jax import command, config_file
 from dflash_jax.config import Config, ConfigError
-from eval.records import check_plot
+from eval.plots import check_plot
 from train.ablation import jobs as jobs_lib
 from train.ablation.describe import (
   describe_grid,

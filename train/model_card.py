@@ -18,7 +18,8 @@ from dflash_jax.inspection import Report, inspect
 from dflash_jax.inspection.facts import Network
 from dflash_jax.weights import WeightsError
 from dflash_jax.weights.model_directory import CARD_FILE, CARD_MARK
-from eval.records import CONVENTIONS, FIGURES
+from eval.protocol import CONVENTIONS
+from eval.tables import FIGURES
 from train.files import FileError, read_json, write_whole
 from train.serving_commands import kind_of, plan_serving, to_markdown
 

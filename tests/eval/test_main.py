@@ -33,6 +33,7 @@ def test_evaluates_a_drafter_and_writes_everything(drafter, prompts, tmp_path):
     "--limit=2",
     "--max_new_tokens=9",
     "--batch_size=2",
+    "--ladder",
     f"--json_out={results}",
     f"--plot_out={plot}",
   )
@@ -50,6 +51,9 @@ def test_evaluates_a_drafter_and_writes_everything(drafter, prompts, tmp_path):
   assert sum(record["histogram"]) == record["rounds"]
   assert record["config"]["eval"]["max_new_tokens"] == 9
   assert record["config"]["drafter"]["path"] == drafter
+  assert record["prompt_set"]["name"] == "prompts"
+  assert record["replies"]["prompt"] == [0, 1, 1]
+  assert record["ladder"]["agreed_tokens"] == sum(record["replies"]["tokens"])
   assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -89,6 +93,7 @@ def test_mistakes_end_with_one_line(drafter, prompts):
     "--prompts=FILE is missing": [],
     "no drafter to compare": [f"--prompts={prompts}"],
     "no drafter to sweep": sweep,
+    "drop one of them": [*given, "--ladder"],
     "'breadth' is no axis": [*given, "--config.eval.sweep=breadth=3"],
     "eval.sweep is empty": [*given, "--config.eval.sweep=()"],
   }

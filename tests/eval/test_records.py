@@ -9,7 +9,8 @@ import pytest
 from dflash_jax.compare import Comparison
 from dflash_jax.config import Config, ConfigError, DecodeConfig
 from dflash_jax.session import Completion
-from eval import records, sweep
+from eval import plots, records, sweep, tables
+from eval.protocol import CONVENTIONS
 
 KEYS = (
   "prompts",
@@ -111,16 +112,16 @@ def test_record_has_every_key_and_survives_json(record, tmp_path):
 
 
 def test_table_shows_the_main_numbers(record):
-  table = records.to_table(record)
+  table = tables.to_table(record)
   for text in ("1.750", "1.800", "6.7", "10.0", "1.50x", "100.0%", "60.0%"):
     assert text in table
   assert "the tokens of plain decoding with the same seed" in table
 
 
 def test_the_drafters_weights_stand_beside_the_cache_of_a_known_gpu(record):
-  assert "L2" not in records.to_table(record)
+  assert "L2" not in tables.to_table(record)
   machine = record["machine"] | {"l2_bytes": 50 * 2**20}
-  table = records.to_table(
+  table = tables.to_table(
     record | {"drafter_bytes": 3 * 2**19, "machine": machine}
   )
   assert "1.5 MiB" in table and "50.0 MiB" in table
@@ -129,17 +130,17 @@ def test_the_drafters_weights_stand_beside_the_cache_of_a_known_gpu(record):
 def test_mean_width_is_over_rounds_not_replies(record):
   # Three rounds of 1 draft and two of 3.5.
   assert record["width"] == pytest.approx(2.0)
-  assert "drafts verified per round" in records.to_table(record)
+  assert "drafts verified per round" in tables.to_table(record)
 
 
 def test_lossy_replies_are_called_lossy():
   replies = compared(reply(6, [1, 2]), guarantee="none")
   record = records.to_record(Config(), 1, "typical", replies)
-  assert "LOSSY" in records.to_table(record)
+  assert "LOSSY" in tables.to_table(record)
 
 
 def test_histogram_is_said_to_go_as_far_as_a_round_can_accept():
-  assert "0..D" in records.CONVENTIONS["histogram"]
+  assert "0..D" in CONVENTIONS["histogram"]
 
 
 def test_sweep_record_has_each_point_and_survives_json(sweep_record, tmp_path):
@@ -147,7 +148,7 @@ def test_sweep_record_has_each_point_and_survives_json(sweep_record, tmp_path):
   records.write_json(str(path), sweep_record)
   loaded = json.loads(path.read_text())
   assert {"prompts", "config", "versions", "machine", "date"} <= loaded.keys()
-  assert set(records.CONVENTIONS) < loaded["conventions"].keys()
+  assert set(CONVENTIONS) < loaded["conventions"].keys()
   points = loaded["points"]
   assert len(points) == 8
   assert points[0]["settings"] == {"width": "fixed:1"}
@@ -161,7 +162,7 @@ def test_sweep_record_has_each_point_and_survives_json(sweep_record, tmp_path):
 
 
 def test_sweep_table_has_a_row_a_point_in_order(sweep_record):
-  head, *rows = records.to_sweep_table(sweep_record).splitlines()
+  head, *rows = tables.to_sweep_table(sweep_record).splitlines()
   assert head.split()[:4] == ["width", "temp", "rule", "tree"]
   assert rows[0].startswith("fixed:1") and "1.50x" in rows[0]
   assert rows[1].startswith("fixed:3") and "0.50x" in rows[1]
@@ -171,7 +172,7 @@ def test_sweep_table_has_a_row_a_point_in_order(sweep_record):
 
 
 def test_sweep_table_marks_the_best_that_is_not_lossy(sweep_record):
-  rows = records.to_sweep_table(sweep_record).splitlines()
+  rows = tables.to_sweep_table(sweep_record).splitlines()
   assert [row for row in rows if row.endswith("*")] == [rows[1]]
   assert rows[5].endswith("LOSSY") and "3.00x" in rows[5]
 
@@ -179,21 +180,21 @@ def test_sweep_table_marks_the_best_that_is_not_lossy(sweep_record):
 def test_sweep_of_refused_points_alone_is_shown(sweep_record, tmp_path):
   points = [p for p in sweep_record["points"] if "refused" in p]
   refused = {**sweep_record, "points": points}
-  table = records.to_sweep_table(refused)
+  table = tables.to_sweep_table(refused)
   assert table.count("refused: chains only") == 3
   path = tmp_path / "plot.png"
-  records.write_sweep_plot(str(path), refused)
+  plots.write_sweep_plot(str(path), refused)
   assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_sweep_plot_shows_every_measured_point(sweep_record, tmp_path):
   path, fewer = tmp_path / "new" / "all.png", tmp_path / "fewer.png"
-  records.write_sweep_plot(str(path), sweep_record)
+  plots.write_sweep_plot(str(path), sweep_record)
   assert path.read_bytes().startswith(b"\x89PNG")
   assert path.stat().st_size > 20_000
   one_less = copy.deepcopy(sweep_record)
   del one_less["points"][1]
-  records.write_sweep_plot(str(fewer), one_less)
+  plots.write_sweep_plot(str(fewer), one_less)
   assert fewer.read_bytes() != path.read_bytes()
 
 
@@ -202,15 +203,15 @@ def test_unwritable_place_is_named(record, sweep_record, tmp_path):
   with pytest.raises(ConfigError, match="cannot write .*--json_out"):
     records.write_json(str(tmp_path / "file" / "x.json"), record)
   with pytest.raises(ConfigError, match="cannot write .*--plot_out"):
-    records.write_plot(str(tmp_path / "file" / "x.png"), record)
+    plots.write_plot(str(tmp_path / "file" / "x.png"), record)
   with pytest.raises(ConfigError, match="cannot write .*--plot_out"):
-    records.write_sweep_plot(str(tmp_path / "file" / "x.png"), sweep_record)
+    plots.write_sweep_plot(str(tmp_path / "file" / "x.png"), sweep_record)
 
 
 def test_plot_is_a_png(record, tmp_path):
   path = tmp_path / "plot.png"
-  records.check_plot(str(path))
-  records.write_plot(str(path), record)
+  plots.check_plot(str(path))
+  plots.write_plot(str(path), record)
   assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -220,9 +221,22 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
 
   monkeypatch.setattr(importlib.metadata, "version", version)
   with pytest.raises(ConfigError, match=r"pip install 'dflash-jax\[eval\]'"):
-    records.check_plot("plot.png")
+    plots.check_plot("plot.png")
 
 
 def test_plot_must_be_a_png():
   with pytest.raises(ConfigError, match="must end in .png"):
-    records.check_plot("plot.jpg")
+    plots.check_plot("plot.jpg")
+
+
+def test_another_drafter_under_the_same_name_is_known(tmp_path):
+  found = set()
+  for names, text in ((("a", "b"), "x"), (("a", "c"), "x"), (("a", "b"), "y")):
+    directory = tmp_path / f"{names}{text}"
+    directory.mkdir()
+    for name in names:
+      (directory / name).write_text(text)
+    found.add(records.digest_files(str(directory)))
+    assert records.digest_files(str(directory)) in found
+  assert len(found) == 3
+  assert records.digest_files("ngram") == ""

@@ -2,10 +2,8 @@
 
 Two arms answer the same prompts with the same seeds, so they are compared reply
 by reply. Replies of one prompt are alike, and so are those of one seed: an
-interval must draw both anew, prompts and seeds, whole rows and whole columns.
-That is the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1(2),
-386-411), a little wide rather than too narrow. Of one seed only, it is of the
-prompts alone.
+interval must draw both anew, prompts and seeds: eval.bootstrap.pigeonhole. Of
+one seed only, it is of the prompts alone.
 """
 
 import dataclasses
@@ -15,10 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from eval.bootstrap import Interval, pigeonhole
 from train.ablation.results import Record
-
-DRAWS = 4000
-COVERAGE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,31 +38,6 @@ class Spread:
     several = len(found) > 1
     deviation = statistics.stdev(found) if several else None
     return cls(statistics.fmean(found), deviation, found)
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-  """An estimate and where it would fall in COVERAGE of all repetitions."""
-
-  value: float
-  low: float
-  high: float
-
-  def excludes(self, value: float) -> bool:
-    """Whether the interval tells the estimate apart from this value."""
-    return not self.low <= value <= self.high
-
-
-def bootstrap(table: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Interval:
-  """The mean of table f[S, P], S seeds by P prompts, with its interval."""
-  rng = np.random.default_rng(seed)
-  seeds, prompts = table.shape
-  rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
-  columns = rng.multinomial(prompts, np.full(prompts, 1 / prompts), draws)
-  means = np.einsum("ds,sp,dp->d", rows, table, columns, optimize=True)
-  tail = 50 * (1 - COVERAGE)
-  low, high = np.percentile(means / table.size, [tail, 100 - tail])
-  return Interval(float(table.mean()), float(low), float(high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +81,9 @@ def compare(arm: Sequence[Record], base: Sequence[Record]) -> Difference | None:
       lambda a, b: math.log(b["seconds"] / a["seconds"]),
     )
   )
-  speed = bootstrap(speeds)
+  speed = pigeonhole(speeds)
   return Difference(
-    tau=bootstrap(taus),
+    tau=pigeonhole(taus),
     share=float(taus.mean() / bases.mean()),
     speed=Interval(*map(math.exp, dataclasses.astuple(speed))),
     seeds=len(pairs),

@@ -9,7 +9,6 @@ name: no product is formed.
 import ast
 import copy
 import dataclasses
-import hashlib
 import pathlib
 import re
 import shlex
@@ -18,8 +17,8 @@ from typing import Any
 
 from dflash_jax import config_file
 from dflash_jax.config import Config, ConfigError
-from dflash_jax.prompts import Prompt, read_prompts
 from eval import sweep
+from eval.prompt_sets import PromptSet
 
 SECTIONS = ("drafter", "train")  # what an arm may change
 _EXAMPLE = "'wide: drafter.mlp_width=2048 \"train.loss=0.5*ce + 0.5*kl\"'"
@@ -87,29 +86,6 @@ class Pair:
   arm: str
   base: str
   note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptSet:
-  """Prompts of one file.
-
-  Attributes:
-    name: the file's, without its ending.
-    prompts: those that are decoded.
-    digest: of their text.
-  """
-
-  name: str
-  prompts: list[Prompt]
-  digest: str
-
-  @classmethod
-  def read(cls, path: str, limit: int) -> "PromptSet":
-    """The first `limit` prompts of a file; errors as in read_prompts."""
-    prompts = read_prompts(path, limit)
-    text = repr([prompt.turns for prompt in prompts])
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return cls(pathlib.Path(path).stem, prompts, digest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,17 +8,18 @@ looked for again.
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Iterator, Sequence
 
 import tqdm
 
+from dflash_jax.compare import take_turns
 from dflash_jax.config import ConfigError, DraftConfig
-from dflash_jax.generate import Batch, answer, plan_batches, warm_up
+from dflash_jax.generate import Batch, align, plan_batches, warm_up
 from dflash_jax.model import Model, load
 from dflash_jax.session import Completion
 from eval import sweep
-from train.ablation.grid import Grid, PromptSet, Trial
+from eval.prompt_sets import PromptSet
+from train.ablation.grid import Grid, Trial
 from train.ablation.results import Record, Results
 
 
@@ -128,7 +129,7 @@ def _judge_group(
 ) -> None:
   """Decodes one file of prompts by drafters that share a law."""
   settings = grid.config.eval
-  batches = _align(
+  batches = align(
     plan_batches(
       plain,
       prompt_set.prompts,
@@ -154,12 +155,10 @@ def _judge_group(
       now = [c for c in todo if lacking(c, batch)]
       if not now:
         continue
-      passes = []
-      for _ in range(settings.repeats):
-        theirs = dict(answer(plain, batch))
-        ours = [dict(answer(c.model, batch)) for c in now]
-        passes.append((theirs, ours))
-        bar.update(len(now))
+      theirs, *ours = take_turns(
+        [plain, *(c.model for c in now)], batch, repeats=settings.repeats
+      )
+      bar.update(len(now) * settings.repeats)
       results.add(
         {
           "kind": "reply",
@@ -167,36 +166,26 @@ def _judge_group(
           "prompts": prompt_set.name,
           "place": place,
           "guarantee": contestant.model.decoder().guarantee,
-          **_describe(
-            [ours[number][place] for _, ours in passes],
-            [theirs[place] for theirs, _ in passes],
-          ),
+          **_describe(ours[number][place], theirs[place]),
         }
         for number, contestant in enumerate(now)
         for place in lacking(contestant, batch)
       )
 
 
-def _describe(ours: list[Completion], theirs: list[Completion]) -> Record:
-  """A reply, decoded with a drafter and without, in one or several passes.
+def _describe(reply: Completion, plain: Completion) -> Record:
+  """A reply, decoded with a drafter and without.
 
-  tau as Completion has it; seconds per token after the first, medians.
+  tau as Completion has it; seconds per token after the first.
   """
-  reply, plain = ours[0], theirs[0]
   return {
     "tau": reply.tau,
     "rounds": reply.rounds,
     "tokens": len(reply.tokens),
-    "seconds": statistics.median(each.tpot_s for each in ours),
-    "plain_seconds": statistics.median(each.tpot_s for each in theirs),
+    "seconds": reply.tpot_s,
+    "plain_seconds": plain.tpot_s,
     "identical": reply.tokens == plain.tokens,
   }
-
-
-def _align(batches: list[Batch]) -> list[Batch]:
-  """The same batches with the room of the largest: rounds compile once."""
-  capacity = max(batch.capacity for batch in batches)
-  return [dataclasses.replace(batch, capacity=capacity) for batch in batches]
 
 
 def _places(batch: Batch) -> Iterator[int]:

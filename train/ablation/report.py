@@ -6,13 +6,8 @@ from typing import Any
 
 from dflash_jax.config import ConfigError
 from dflash_jax.verify import GUARANTEES
-from train.ablation.comparison import (
-  COVERAGE,
-  Difference,
-  Interval,
-  Spread,
-  compare,
-)
+from eval.bootstrap import COVERAGE, Interval
+from train.ablation.comparison import Difference, Spread, compare
 from train.ablation.results import FILE, Record, Results
 from train.ablation.summary import Cell, summarize
 from train.files import make_directory, write_whole

@@ -7,7 +7,8 @@ import statistics
 import numpy as np
 import pytest
 
-from train.ablation.comparison import Interval, Spread, bootstrap, compare
+from eval.bootstrap import Interval, pigeonhole
+from train.ablation.comparison import Spread, compare
 from train.ablation.results import Results
 from train.ablation.summary import summarize
 
@@ -50,7 +51,7 @@ def every_draw(table):
 @pytest.mark.parametrize("shape", [(1, 5), (2, 4), (3, 4)])
 def test_interval_is_that_of_all_draws_of_seeds_and_prompts(shape):
   table = np.random.default_rng(shape[1]).normal(size=shape)
-  found = bootstrap(table, draws=60_000)
+  found = pigeonhole(table, draws=60_000)
   low, high = np.percentile(every_draw(table), [2.5, 97.5])
   assert found.value == pytest.approx(table.mean())
   assert found.low == pytest.approx(low, abs=0.02)
@@ -60,7 +61,7 @@ def test_interval_is_that_of_all_draws_of_seeds_and_prompts(shape):
 def test_many_prompts_do_not_make_up_for_few_seeds():
   """Drawing replies one by one would find an interval six times narrower."""
   table = np.repeat([[-1.0], [1.0]], 150, axis=1)
-  found = bootstrap(table)
+  found = pigeonhole(table)
   assert (found.low, found.high) == (-1.0, 1.0)
 
 

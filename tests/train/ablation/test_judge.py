@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from configs.tiny import get_config
+from dflash_jax import compare
 from dflash_jax.config import AblationConfig, EvalConfig
 from eval import acceptance
 from train.ablation.grid import Grid
@@ -98,10 +99,8 @@ def test_what_has_been_decoded_is_not_decoded_again(grid, results, monkeypatch):
     decoded.append((model.drafter, batch.places))
     return real(model, batch, **options)
 
-  from train.ablation import judge as module
-
-  real = module.answer
-  monkeypatch.setattr(module, "answer", note)
+  real = compare.answer
+  monkeypatch.setattr(compare, "answer", note)
   judge(grid, results)
   assert len(decoded) == 2 * 2  # plainly and with the drafter, in two passes
   assert all(lost["place"] - places[0] in (0, 1) for _, places in decoded)
