@@ -31,6 +31,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def main() -> None:
   """Reads a job from standard input, runs it, tells of it in a pipe."""
   job = json.loads(sys.stdin.buffer.read())
+  nothing = os.open(os.devnull, os.O_RDWR)
   _be_nobody()
   if job["isolate"]:
     try:
@@ -40,7 +41,6 @@ def main() -> None:
       print(error.strerror, file=sys.stderr)
       sys.exit(CANNOT_ISOLATE)
   _limit(job["memory_bytes"])
-  nothing = os.open(os.devnull, os.O_RDWR)
   for stream in (0, 1, 2):
     os.dup2(nothing, stream)
   pipe = job["pipe"]

@@ -1,5 +1,6 @@
 """Rows of benchmarks from the hub, or one error at once where it is shut."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def fetch(entry: Entry) -> Iterator[Place]:
     raise PromptError(
       _say(
         entry,
-        f"there is no --data_dir, and the hub cannot be reached ({message})",
+        f"there is no --data_dir, and its data cannot be fetched ({message})",
       )
     ) from error
   for number, row in enumerate(rows, start=1):
@@ -67,10 +68,15 @@ def _reach(entry: Entry) -> None:
 
 
 def _load(entry: Entry, datasets: Any) -> Any:
-  if entry.urls:
+  if not entry.urls:
+    return datasets.load_dataset(entry.hub, entry.config, split=entry.split)
+  if entry.urls[0].startswith("hf://"):
     urls = list(entry.urls)
     return datasets.load_dataset("json", data_files=urls, split="train")
-  return datasets.load_dataset(entry.hub, entry.config, split=entry.split)
+  # Not on the hub: `datasets` would need more packages to read what is not.
+  response = huggingface_hub.get_session().get(entry.urls[0])
+  response.raise_for_status()
+  return [json.loads(line) for line in response.text.split("\n") if line]
 
 
 def _say(entry: Entry, why: str) -> str:

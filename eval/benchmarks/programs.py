@@ -39,5 +39,5 @@ def assemble(reply: str, program: Program) -> str:
 
 
 def _defines(code: str, name: str) -> bool:
-  pattern = rf"^(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b"
+  pattern = rf"^(?:async\s+)?(?:def|class)\s+{re.escape(name) or r'\w+'}\b"
   return re.search(pattern, code, re.MULTILINE) is not None

@@ -19,7 +19,6 @@ from dflash_jax.config import ConfigError
 from eval.benchmarks import cell
 
 _CELL = pathlib.Path(cell.__file__)
-_GRACE_S = 2.0  # to start the interpreter
 _REPORT_BYTES = 1024
 
 
@@ -28,7 +27,7 @@ class Limits:
   """What a program may use.
 
   Attributes:
-    seconds: by the clock, tests included.
+    seconds: by the clock, the interpreter's start included.
     memory_bytes: of address space.
     isolate: shut off the network and all changes to files; a kernel that does
       not allow it is an error.
@@ -99,7 +98,7 @@ def run(solution: str, tests: str, limits: Limits) -> Outcome:
     finally:
       os.close(writer)
     text = json.dumps(job).encode()
-    errors, is_late = _finish(process, text, limits.seconds + _GRACE_S)
+    errors, is_late = _finish(process, text, limits.seconds)
     report = b"" if is_late else pipe.read(_REPORT_BYTES)
   if process.returncode == cell.CANNOT_ISOLATE:
     raise ConfigError(
@@ -108,6 +107,8 @@ def run(solution: str, tests: str, limits: Limits) -> Outcome:
       "and Landlock, or take a container without a network and "
       "--run_code=unisolated"
     )
+  if errors:  # The program cannot write there.
+    raise RuntimeError(f"{_CELL.name} failed:\n{errors.decode()}")
   if report == password.encode():
     return Outcome(passed=True)
   return Outcome(False, _explain(is_late, report, process.returncode))
