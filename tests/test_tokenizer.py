@@ -11,6 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dflash_jax import weights
+from dflash_jax.config import Config, ConfigError, TargetSource
+from dflash_jax.model import read_tokenizer
 from dflash_jax.tokenizer import (
   StreamDecoder,
   Tokenizer,
@@ -456,3 +458,14 @@ def test_thinking_is_refused_where_the_template_has_no_switch():
       TokenizerError, match="small has no switch for thinking"
     ):
       small(template).with_thinking(True)
+
+
+def test_config_switches_thinking_of_a_target(tmp_path):
+  small_backend(THINKING).save_pretrained(tmp_path)
+  path = str(tmp_path)
+  for thinking, switched in (("", None), ("on", True), ("off", False)):
+    config = Config(target=TargetSource(path=path, thinking=thinking))
+    assert read_tokenizer(config).thinking is switched
+  config.target.thinking = "yes"
+  with pytest.raises(ConfigError, match="target.thinking='yes' is unknown"):
+    read_tokenizer(config)

@@ -65,8 +65,9 @@ def load(
     places, source = files.read(paths), ", ".join(map(str, paths))
   else:
     places, source = hub.fetch(entry), hub.source(entry)
-  is_tested = run_code and entry.read_tested is not None
-  read = entry.read_tested if run_code and entry.read_tested else entry.read
+  read, form = entry.read, entry.form
+  if run_code and entry.read_tested:
+    read, form = entry.read_tested, entry.tested_form
   tasks = _read(places, read)
   if not tasks:
     raise PromptError(
@@ -88,7 +89,7 @@ def load(
       "of": len(tasks),
       "seed": seed,
       "order": "shuffled by random.Random(seed), then the first ones",
-      "prompt_form": entry.tested_form if is_tested else entry.form,
+      "prompt_form": form,
       "prompts_sha256": _digest(chosen),
     },
   )

@@ -48,8 +48,7 @@ def measure(
     replies = [each.speculative for each in comparisons]
     found["by_category"] = acceptance.summarize_by(categories, replies)
   if benchmark.scored and (benchmark.scored != catalog.TESTS or limits):
-    last = _last_turns(benchmark, comparisons)
-    found["accuracy"] = judge(benchmark, last, max_new_tokens, limits)
+    found["accuracy"] = judge(benchmark, comparisons, max_new_tokens, limits)
   return found
 
 
@@ -62,7 +61,7 @@ def judge(
   """Accuracy of both ways of decoding.
 
   Args:
-    benchmark: with references.
+    benchmark: with references, and one turn per prompt.
     comparisons: one per prompt, in order.
     max_new_tokens: of a reply.
     limits: of programs.
@@ -143,17 +142,6 @@ def to_table(found: dict[str, Any]) -> str:
       f"{accuracy['n']} unfinished; right: {accuracy['how']}"
     )
   return "\n".join(lines)
-
-
-def _last_turns(
-  benchmark: Benchmark, comparisons: Sequence[Comparison]
-) -> list[Comparison]:
-  """Of each prompt, the comparison of its last turn."""
-  last, end = [], 0
-  for prompt in benchmark.prompts:
-    end += len(prompt.turns)
-    last.append(comparisons[end - 1])
-  return last
 
 
 def _say_limits(limits: Limits) -> str:

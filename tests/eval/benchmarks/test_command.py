@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval import benchmarks
 from tests.commands import TINY, run_each, run_module, save_tiny_drafter
 from tests.eval.benchmarks import published
 
@@ -42,6 +43,33 @@ def test_benchmark_is_decoded_judged_and_recorded(drafter, data_dir, tmp_path):
   accuracy = record["accuracy"]
   assert accuracy["n"] == 3 and accuracy["unlike"] == 0
   assert accuracy["plain"] == accuracy["speculative"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", benchmarks.NAMES)
+def test_every_benchmark_runs_from_a_folder(drafter, data_dir, tmp_path, name):
+  results = tmp_path / "results.json"
+  done = run_module(
+    "eval.main",
+    f"--config={TINY}",
+    f"--drafter={drafter}",
+    f"--benchmark={name}",
+    f"--data_dir={data_dir}",
+    "--config.decode.max_length=2048",
+    "--limit=0",
+    "--batch_size=8",
+    "--max_new_tokens=3",
+    "--run_code=unisolated",
+    f"--json_out={results}",
+  )
+  assert done.returncode == 0, done.stderr
+  record = json.loads(results.read_text())
+  found = benchmarks.load(name, data_dir)
+  turns = sum(len(prompt.turns) for prompt in found.prompts)
+  assert record["requests"] == turns
+  assert record["benchmark"]["name"] == name
+  assert ("accuracy" in record) == bool(found.scored)
+  assert ("by_category" in record) == any(found.categories)
 
 
 def test_mistakes_end_with_one_line(drafter, data_dir, tmp_path):

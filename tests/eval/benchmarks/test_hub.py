@@ -108,7 +108,7 @@ def test_shut_network_says_at_once_what_to_put_where(
   start = time.monotonic()
   with pytest.raises(PromptError) as error:
     load(name)
-  assert time.monotonic() - start < 3
+  assert time.monotonic() - start < 10
   said = str(error.value)
   assert said.startswith(f"benchmark {name}: there is no --data_dir, and its ")
   assert FILES_SAID[name].removeprefix("put ").removesuffix(" there") in said

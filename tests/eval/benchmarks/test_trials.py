@@ -88,7 +88,7 @@ def test_ending_without_an_error_is_not_passing(solution, reason):
 def test_endless_program_is_killed_in_time(solution):
   start = time.monotonic()
   assert run(solution, seconds=0.7) == Outcome(False, "time")
-  assert time.monotonic() - start < 5
+  assert time.monotonic() - start < 10
 
 
 def test_output_goes_nowhere_however_much_it_is(capfd):
