@@ -31,12 +31,14 @@ class TargetSource:
     dtype: "float32" or "bfloat16", of weights and activations.
     random: with an empty path, the network to draw at random (tests, demos).
     seed: of that draw.
+    thinking: "on" or "off", of the chat template; "" leaves it to the template.
   """
 
   path: str = ""
   dtype: str = "float32"
   random: TargetConfig | None = None
   seed: int = 0
+  thinking: str = ""
 
 
 @dataclasses.dataclass

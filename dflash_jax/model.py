@@ -14,6 +14,8 @@ from dflash_jax.config import (
   ConfigError,
   DecodeConfig,
   DraftConfig,
+  TargetConfig,
+  TargetSource,
 )
 from dflash_jax.decode import Decoder
 from dflash_jax.decode_state import ModelParams
@@ -158,6 +160,7 @@ def load(config: Config) -> Model:
     ConfigError: if drafter and target do not match, naming both numbers.
     weights.WeightsError: for a missing or damaged file.
   """
+  tokenizer = read_tokenizer(config)  # first: it costs little, and may refuse
   target, params = load_target(config)
   model = Model(
     config=config,
@@ -166,7 +169,7 @@ def load(config: Config) -> Model:
     params=ModelParams(
       target=params, drafter={}, borrowed=borrow(params, None)
     ),
-    tokenizer=read_tokenizer(config, target.config.vocab_size),
+    tokenizer=tokenizer,
   )
   return model.with_drafter(config.drafter)
 
@@ -177,20 +180,34 @@ def load_target(config: Config) -> tuple[Target, Params]:
   if source.path:
     network, params = weights.load_target(source.path, source.dtype)
     return Target(network), params
+  target = Target(_random_network(source))
+  return target, target.init(jax.random.key(source.seed), source.dtype)
+
+
+def _random_network(source: TargetSource) -> TargetConfig:
   if source.random is None:
     raise ConfigError(
       "target.path is empty and target.random is not set; name an HF "
       "directory, a hub id, a .gguf file or package:NAME in target.path"
     )
-  target = Target(source.random)
-  return target, target.init(jax.random.key(source.seed), source.dtype)
+  return source.random
 
 
-def read_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
+def read_tokenizer(config: Config) -> Tokenizer:
   """The target's own; of a random target, a token per byte."""
-  if config.target.path:
-    return load_tokenizer(config.target.path)
-  return byte_tokenizer(vocab_size)
+  source = config.target
+  if source.thinking not in ("", "on", "off"):
+    raise ConfigError(
+      f"target.thinking={source.thinking!r} is unknown; use on, off, or '' for "
+      "what the chat template does by itself"
+    )
+  if source.path:
+    tokenizer = load_tokenizer(source.path)
+  else:
+    tokenizer = byte_tokenizer(_random_network(source).vocab_size)
+  if source.thinking:
+    return tokenizer.with_thinking(source.thinking == "on")
+  return tokenizer
 
 
 def borrow(target_params: Params, head_ids: np.ndarray | None) -> Borrowed:

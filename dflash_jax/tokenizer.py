@@ -1,5 +1,6 @@
 """Text in and out: token ids, chat templates, streamed text."""
 
+import copy
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ Message = dict[str, Any]
 
 # Stands for a turn's content while a template is taken apart.
 _SENTINEL = "dflash-sentinel-content"
+# The variable by which chat templates are told to think, or not to.
+_THINKING = "enable_thinking"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -29,6 +32,8 @@ class Tokenizer:
   Attributes:
     name: where it came from, for messages.
     eos_ids: tokens that end a reply, the end of a turn included.
+    thinking: whether chats ask the model to think first; None leaves it to the
+      chat template. See `with_thinking`.
     vocab_size: ids it can decode; the embedding may have more rows.
   """
 
@@ -40,6 +45,7 @@ class Tokenizer:
     eos_ids: Iterable[int] = (),
   ):
     self.name = name
+    self.thinking: bool | None = None
     self._backend = backend
     own = [] if backend.eos_token_id is None else [backend.eos_token_id]
     ids = dict.fromkeys([*own, *eos_ids, *self._end_of_turn()])
@@ -80,7 +86,10 @@ class Tokenizer:
       )
     try:
       text = self._backend.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        **self._switches(),
       )
     except jinja2.TemplateError as error:
       raise TokenizerError(
@@ -92,6 +101,24 @@ class Tokenizer:
   def encode_chat(self, messages: list[Message]) -> list[int]:
     """Token ids of a conversation, up to where the assistant answers."""
     return self.encode(self.render(messages))
+
+  def with_thinking(self, thinking: bool) -> "Tokenizer":
+    """The same, with chats in the template's thinking mode, or out of it.
+
+    Raises:
+      TokenizerError: the template has no such mode to switch.
+    """
+    if _THINKING not in str(self._backend.chat_template):
+      raise TokenizerError(
+        f"the chat template of {self.name} has no switch for thinking "
+        f"({_THINKING}); leave --thinking and target.thinking out"
+      )
+    other = copy.copy(self)
+    other.thinking = thinking
+    return other
+
+  def _switches(self) -> dict[str, Any]:
+    return {} if self.thinking is None else {_THINKING: self.thinking}
 
   def user_turn_prefix(self) -> str:
     """The rendered chat up to where the user's first words would stand."""

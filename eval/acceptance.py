@@ -1,8 +1,10 @@
 """How many drafts the target accepts."""
 
+import collections
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -76,3 +78,21 @@ def summarize(completions: Sequence[Completion]) -> Acceptance:
     ],
     histogram=histogram.tolist(),
   )
+
+
+def summarize_by(
+  labels: Sequence[str], completions: Sequence[Completion]
+) -> dict[str, dict[str, Any]]:
+  """Acceptance of the replies that share a label, as dicts.
+
+  Args:
+    labels: one per reply, such as the category of its prompt.
+    completions: decoded with one drafter.
+  """
+  groups = collections.defaultdict(list)
+  for label, completion in zip(labels, completions, strict=True):
+    groups[label].append(completion)
+  return {
+    label: dataclasses.asdict(summarize(group))
+    for label, group in groups.items()
+  }

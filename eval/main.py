@@ -1,9 +1,11 @@
 """Judges a drafter: acceptance, speed-up, losslessness.
 
     python -m eval.main --drafter=DIR --prompts=FILE --json_out=FILE
+    python -m eval.main --benchmark=gsm8k --data_dir=DIR --json_out=FILE
 
 Decodes every prompt with the drafter and without, prints a table, and writes
-JSON (--json_out) and a plot of acceptance by position (--plot_out).
+JSON (--json_out) and a plot of acceptance by position (--plot_out). A benchmark
+adds acceptance by category and accuracy: docs/benchmarks.md.
 
     python -m eval.main --sweep --prompts=FILE --limit=4 --max_new_tokens=64
 
@@ -23,8 +25,8 @@ from absl import flags
 from dflash_jax import command, decode_flags
 from dflash_jax.config import Config, ConfigError
 from dflash_jax.model import load
-from dflash_jax.prompts import read_prompts
-from eval import ladder, plots, records, speed, sweep, tables
+from eval import benchmarks, ladder, plots, records, speed, sweep, tables
+from eval.benchmarks import trials
 from eval.prompt_sets import PromptSet
 
 # The record, its table, and what draws it into a file.
@@ -37,6 +39,32 @@ def define_flags() -> None:
     "prompts",
     None,
     "A file of JSON lines with 'prompt', 'question' or 'turns'.",
+  )
+  flags.DEFINE_enum(
+    "benchmark",
+    None,
+    benchmarks.NAMES,
+    "Prompts of a benchmark, instead of --prompts.",
+  )
+  flags.DEFINE_string(
+    "data_dir",
+    "",
+    "Directory with the benchmark's files, in a folder of its name. Default: "
+    "the hub.",
+  )
+  flags.DEFINE_enum(
+    "thinking",
+    None,
+    ("on", "off"),
+    "Thinking mode of the target's chat template. Default: "
+    "config.target.thinking.",
+  )
+  flags.DEFINE_enum(
+    "run_code",
+    "off",
+    ("off", "isolated", "unisolated"),
+    "Run what the model writes for a benchmark of code, against its tests. DO "
+    "SO IN A CONTAINER: docs/benchmarks.md.",
   )
   flags.DEFINE_string(
     "drafter",
@@ -76,13 +104,7 @@ def define_flags() -> None:
 def main(config: Config) -> None:
   """Entry point of python -m eval.main."""
   values = flags.FLAGS
-  if not values.prompts:
-    raise ConfigError("--prompts=FILE is missing; name a file of JSON lines")
-  if values.sweep and values.ladder:
-    raise ConfigError(
-      "--ladder reads the replies of one way to decode again, and --sweep has "
-      "many; drop one of them"
-    )
+  _check_source()
   if values.plot_out:
     plots.check_plot(values.plot_out)
   config = _override(config)
@@ -95,29 +117,93 @@ def main(config: Config) -> None:
     draw(values.plot_out, record)
 
 
+def _check_source() -> None:
+  """Raises ConfigError unless flags say in one way what is asked."""
+  values = flags.FLAGS
+  if not (values.prompts or values.benchmark):
+    raise ConfigError(
+      "--prompts=FILE is missing; name a file of JSON lines, or --benchmark="
+      f"{'|'.join(benchmarks.NAMES)}"
+    )
+  if values.prompts and values.benchmark:
+    raise ConfigError(
+      "--prompts and --benchmark are two sources of prompts; leave one out"
+    )
+  if values.sweep and values.ladder:
+    raise ConfigError(
+      "--ladder reads the replies of one way to decode again, and --sweep has "
+      "many; drop one of them"
+    )
+  if values.sweep and values.run_code != "off":
+    raise ConfigError(
+      "--run_code judges one way to decode, not a sweep; leave one out"
+    )
+  if not values.benchmark and (values.data_dir or values.run_code != "off"):
+    raise ConfigError(
+      "--data_dir and --run_code belong to a benchmark; name it in --benchmark"
+    )
+
+
+def _read(config: Config) -> tuple[PromptSet, benchmarks.Benchmark | None]:
+  """The prompts, and the benchmark if they are of one."""
+  values = flags.FLAGS
+  if not values.benchmark:
+    return PromptSet.read(values.prompts, config.eval.limit), None
+  limits = _limits()
+  if limits:
+    trials.check(limits)
+  benchmark = benchmarks.load(
+    values.benchmark,
+    values.data_dir,
+    config.eval.limit,
+    run_code=limits is not None,
+  )
+  return PromptSet.of(benchmark.name, benchmark.prompts), benchmark
+
+
+def _limits() -> trials.Limits | None:
+  """Of programs that the model writes; None runs none."""
+  if flags.FLAGS.run_code == "off":
+    return None
+  return trials.Limits(isolate=flags.FLAGS.run_code == "isolated")
+
+
 def _compare(config: Config) -> Judgement:
   """Judges the drafter as the config's decode section uses it."""
-  prompt_set = PromptSet.read(flags.FLAGS.prompts, config.eval.limit)
-  prompts = prompt_set.prompts
+  prompt_set, benchmark = _read(config)
   model = load(config)
+  prompts = prompt_set.prompts
   comparisons = speed.decode_both_ways(model, prompts, config.eval)
   rule = model.decoder().rule
   record = records.to_record(
     config, len(prompts), rule, comparisons, model.drafter_bytes, prompt_set
   )
+  table = tables.to_table(record)
   if flags.FLAGS.ladder:
     record["ladder"] = ladder.climb(
       model, speed.plan(model, prompts, config.eval), comparisons
     )
-  return record, tables.to_table(record), plots.write_plot
+  if benchmark:
+    found = benchmarks.measure(
+      benchmark,
+      comparisons,
+      max_new_tokens=config.eval.max_new_tokens,
+      limits=_limits(),
+    )
+    record |= found
+    table += "\n\n" + benchmarks.to_table(found)
+  return record, table, plots.write_plot
 
 
 def _sweep(config: Config) -> Judgement:
   """Judges every point of the sweep."""
   points = sweep.plan(config)
-  prompts = read_prompts(flags.FLAGS.prompts, config.eval.limit)
+  prompt_set, benchmark = _read(config)
+  prompts = prompt_set.prompts
   results = sweep.evaluate(load(config), prompts, points, config.eval)
   record = records.to_sweep_record(config, len(prompts), results)
+  if benchmark:
+    record["benchmark"] = benchmark.facts
   return record, tables.to_sweep_table(record), plots.write_sweep_plot
 
 
@@ -130,11 +216,13 @@ def _override(config: Config) -> Config:
     if getattr(values, name) is not None
   }
   path = config.drafter.path if values.drafter is None else values.drafter
+  thinking = values.thinking or config.target.thinking
   return decode_flags.override(
     dataclasses.replace(
       config,
       eval=dataclasses.replace(config.eval, **given),
       drafter=dataclasses.replace(config.drafter, path=path),
+      target=dataclasses.replace(config.target, thinking=thinking),
     )
   )
 

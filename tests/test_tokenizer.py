@@ -11,6 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dflash_jax import weights
+from dflash_jax.config import Config, ConfigError, TargetSource
+from dflash_jax.model import read_tokenizer
 from dflash_jax.tokenizer import (
   StreamDecoder,
   Tokenizer,
@@ -427,3 +429,43 @@ def test_code_beside_a_tokenizer_never_runs(tmp_path):
   except weights.WeightsError as error:
     assert str(tmp_path) in str(error)
   assert not witness.exists()
+
+
+# --- Thinking -----------------------------------------------------------------
+
+THINKING = CHATML.replace(
+  "assistant\n{% endif %}",
+  "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+  "<think></think>{% endif %}{% endif %}",
+)
+
+
+def test_thinking_is_the_templates_own_unless_it_is_asked_for():
+  asked = [{"role": "user", "content": "hi"}]
+  tokenizer = small(THINKING)
+  off, on = tokenizer.with_thinking(False), tokenizer.with_thinking(True)
+  assert tokenizer.render(asked).endswith("assistant\n")
+  assert on.render(asked) == tokenizer.render(asked)
+  assert off.render(asked) == tokenizer.render(asked) + "<think></think>"
+  assert off.encode_chat(asked) == off.encode(off.render(asked))
+  assert (tokenizer.thinking, on.thinking, off.thinking) == (None, True, False)
+  assert off.eos_ids == tokenizer.eos_ids
+
+
+def test_thinking_is_refused_where_the_template_has_no_switch():
+  for template in (CHATML, None):
+    with pytest.raises(
+      TokenizerError, match="small has no switch for thinking"
+    ):
+      small(template).with_thinking(True)
+
+
+def test_config_switches_thinking_of_a_target(tmp_path):
+  small_backend(THINKING).save_pretrained(tmp_path)
+  path = str(tmp_path)
+  for thinking, switched in (("", None), ("on", True), ("off", False)):
+    config = Config(target=TargetSource(path=path, thinking=thinking))
+    assert read_tokenizer(config).thinking is switched
+  config.target.thinking = "yes"
+  with pytest.raises(ConfigError, match="target.thinking='yes' is unknown"):
+    read_tokenizer(config)

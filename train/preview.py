@@ -58,7 +58,7 @@ class Preview:
       target=setup.trainer.target,
       drafter=drafter,
       params=ModelParams(target_params, {}, borrowed),
-      tokenizer=read_tokenizer(config, setup.trainer.target.config.vocab_size),
+      tokenizer=read_tokenizer(config),
     )
     prompts = []
     for index in spread(setup.evaluation, train.decode_prompts):

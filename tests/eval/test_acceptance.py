@@ -73,3 +73,18 @@ def test_decoded_prompts_have_the_planted_acceptance():
   assert found.requests == 1
   assert found.histogram == [1, 0, 1, 0, 1]
   assert found.tau_per_round == 3
+
+
+def test_acceptance_by_label_is_that_of_its_replies():
+  replies = [
+    completion(6, [1, 2]),
+    completion(9, [3, 0]),
+    completion(4, [0, 1]),
+  ]
+  found = acceptance.summarize_by(["a", "b", "a"], replies)
+  assert list(found) == ["a", "b"]
+  assert found["a"]["requests"] == 2
+  assert found["a"]["histogram"] == [1, 3]
+  assert found["b"]["tau_per_round"] == pytest.approx(3)
+  with pytest.raises(ValueError):
+    acceptance.summarize_by(["a"], replies)
