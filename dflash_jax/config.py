@@ -318,7 +318,8 @@ class SuiteConfig:
     drafters: a line each, "NAME: PATH field=value ...": what drafter.path would
       say, and the fields of the decode section in which it differs. Plain
       decoding is always there.
-    prompts: JSONL files, each measured on its own.
+    prompts: JSONL files, or benchmarks by name, each measured on its own.
+    data_dir: of benchmarks, see docs/benchmarks.md; "" asks the hub.
     temperatures: of the target; each is a measurement of its own.
     concurrency: requests in flight, a point each of the throughput curve; none
       leaves the curve out.
@@ -326,6 +327,7 @@ class SuiteConfig:
 
   drafters: tuple[str, ...] = ()
   prompts: tuple[str, ...] = ()
+  data_dir: str = ""
   temperatures: tuple[float, ...] = (0.0, 1.0)
   concurrency: tuple[int, ...] = ()
 

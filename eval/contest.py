@@ -23,7 +23,8 @@ from dflash_jax.config import (
 )
 from dflash_jax.generate import Batch, align, plan_batches, warm_up
 from dflash_jax.model import Model, load
-from eval import agents_report, ladder, records, sweep
+from eval import agents_report, benchmarks, ladder, records, sweep
+from eval.benchmarks import Benchmark
 from eval.contestants import Contestant, parse
 from eval.differences import compare_settings
 from eval.prompt_sets import PromptSet
@@ -41,6 +42,7 @@ class Contest:
   Attributes:
     config: of the run. output: directory of the records.
     contestants, prompt_sets: in the order of config.suite.
+    benchmarks: those among the prompt sets, by name.
     splits: round times, by name and temperature; measured once, at the first
       prompt set's sizes.
   """
@@ -49,6 +51,7 @@ class Contest:
   output: pathlib.Path
   contestants: list[Contestant]
   prompt_sets: list[PromptSet]
+  benchmarks: dict[str, Benchmark] = dataclasses.field(default_factory=dict)
   splits: dict[tuple[str, float], dict[str, Any]] = dataclasses.field(
     default_factory=dict
   )
@@ -67,7 +70,17 @@ class Contest:
         "config.suite.prompts and temperatures must each name something, and "
         f"eval.repeats={config.eval.repeats} be at least 1"
       )
-    sets = [PromptSet.read(path, config.eval.limit) for path in suite.prompts]
+    known = {
+      name: benchmarks.load(name, suite.data_dir, config.eval.limit)
+      for name in suite.prompts
+      if name in benchmarks.NAMES
+    }
+    sets = [
+      PromptSet.of(name, known[name].prompts)
+      if name in known
+      else PromptSet.read(name, config.eval.limit)
+      for name in suite.prompts
+    ]
     for what, names in (
       ("drafters", [each.name for each in contestants]),
       ("prompts", [each.name for each in sets] + [CURVE]),
@@ -83,7 +96,7 @@ class Contest:
         sweep.check(contestant.decode(config.decode, temperature))
     if suite.concurrency:
       Workload.plan(_curve_config(config, contestants[0]))
-    return cls(config, output, contestants, sets)
+    return cls(config, output, contestants, sets, known)
 
   def run(self, *, has_ladder: bool = False) -> None:
     """Measures what is missing.
@@ -228,6 +241,10 @@ class _Group:
           self.prompt_set,
         )
       )
+      if benchmark := self.contest.benchmarks.get(self.prompt_set.name):
+        record |= benchmarks.measure(
+          benchmark, comparisons, max_new_tokens=settings.max_new_tokens
+        )
       record["round_time"] = self._split(contestant.name, model, sizes)
       record["plain_round_time"] = self._split(PLAIN, plain, sizes)
       record["memory"] = describe_memory(model, sizes)
@@ -267,7 +284,7 @@ class _Group:
 
 
 def _curve_config(config: Config, contestant: Contestant) -> Config:
-  """Independent requests, the first turns of the suite's prompts, as chains.
+  """Independent requests, first turns of the suite's prompt files, as chains.
 
   No system prompt, nothing shared: what varies is the number in flight.
   """
@@ -283,7 +300,9 @@ def _curve_config(config: Config, contestant: Contestant) -> Config:
       modes=("plain", "speculative"),
       concurrency=config.suite.concurrency,
       system="",
-      tasks=config.suite.prompts,
+      tasks=tuple(
+        path for path in config.suite.prompts if path not in benchmarks.NAMES
+      ),
       max_new_tokens=config.eval.max_new_tokens,
       prefix_bytes=AgentsConfig().prefix_bytes,
     ),

@@ -80,9 +80,14 @@ def test_bad_line_is_named_with_a_remedy(line, complaint):
     ({"temperatures": (1.0, 1.0)}, "temperatures has '1' twice"),
     ({"temperatures": (-1.0,)}, "temperature=-1.0 is impossible"),
     ({"concurrency": (0,)}, "needs numbers, each at least 1"),
+    ({"prompts": ("gsm8k",), "concurrency": (1,)}, "agents.tasks is empty"),
   ],
 )
 def test_plan_names_what_makes_no_sense(change, complaint, tmp_path):
+  change = {"data_dir": str(tmp_path), **change}
+  (tmp_path / "gsm8k").mkdir()
+  row = '{"question": "ab?", "answer": "#### 7"}\n'
+  (tmp_path / "gsm8k" / "test.jsonl").write_text(row)
   with pytest.raises(ConfigError, match=complaint):
     Contest.plan(settle(tmp_path, **change), tmp_path / "out")
 
@@ -132,6 +137,33 @@ def test_suite_writes_a_record_for_each_drafter(measured):
   assert "Decoded in turns" in compare.describe(*found)
   # Everybody is once the first.
   assert [each[0] for each in turns] == ["NoDrafter", "NGram"]
+
+
+def test_a_benchmark_is_a_prompt_set_and_judged_by_its_answers(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(contest, "split_round", lambda *_: reports.SPLIT)
+  (tmp_path / "gsm8k").mkdir()
+  (tmp_path / "gsm8k" / "test.jsonl").write_text(
+    '{"question": "ab?", "answer": "#### 7"}\n'
+    '{"question": "cd?", "answer": "#### 8"}\n'
+  )
+  plan = Contest.plan(
+    settle(
+      tmp_path,
+      drafters=DRAFTERS[1:],
+      prompts=("gsm8k",),
+      data_dir=str(tmp_path),
+      temperatures=(0.0,),
+    ),
+    tmp_path / "out",
+  )
+  plan.run()
+  (run,), _ = runs.read([str(plan.output)])
+  assert run.key == ("gsm8k", "short", 0.0)
+  assert run.record["prompt_set"]["count"] == 2
+  assert run.record["benchmark"]["of"] == 2
+  assert run.record["accuracy"]["n"] == 2
 
 
 def test_what_is_there_is_not_measured_again(measured, monkeypatch):
