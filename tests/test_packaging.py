@@ -38,6 +38,8 @@ READ_FLAGS = {
   "dflash_jax/inspect.py",
   "eval/agents.py",
   "eval/main.py",
+  "eval/report.py",
+  "eval/suite.py",
   "pallas_kernels/bench.py",
   "pallas_kernels/compile_check.py",
   "pallas_kernels/tune.py",
@@ -246,7 +248,7 @@ def test_everything_that_is_proven_runs_in_ci():
   makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
   ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
   steps = re.findall(r"^make (\S+)$", ci, re.MULTILINE)
-  assert steps == ["lint", "test", "kernels", "aot"]
+  assert steps == ["lint", "test", "pages", "kernels", "aot"]
   for step in steps:
     assert re.search(rf"^{step}: .*  ## \S", makefile, re.MULTILINE), step
 

@@ -21,12 +21,7 @@ from dflash_jax.autoregression import draft
 from dflash_jax.cache import KVCache, Pages, Rows
 from dflash_jax.drafters.base import Borrowed, Params
 from dflash_jax.drafters.eagle3_network import Network, definition
-from dflash_jax.drafters.nodes import (
-  Attention,
-  Nodes,
-  attend_chains,
-  gather,
-)
+from dflash_jax.drafters.nodes import Attention, Nodes, attend_chains, gather
 from dflash_jax.networks import ConfigError, Eagle3Config, TargetConfig
 from dflash_jax.proposal import Drafting, Moment, Proposal
 

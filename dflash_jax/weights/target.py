@@ -10,8 +10,8 @@ from dflash_jax.weights.model_directory import write_model
 from dflash_jax.weights.target_names import target_table
 
 
-def target_fields(config: TargetConfig, dtype: str) -> dict[str, Any]:
-  """config.json of a target; `read_target_config` is its inverse.
+def target_fields(config: TargetConfig) -> dict[str, Any]:
+  """config.json of a target but its dtype; `read_target_config` inverts it.
 
   Raises:
     WeightsError: a network that its family's keys cannot say.
@@ -32,7 +32,6 @@ def target_fields(config: TargetConfig, dtype: str) -> dict[str, Any]:
     "rope_scaling": scaling_fields(config.rotary_scaling),
     "rope_theta": config.rotary_base,
     "tie_word_embeddings": config.tied_head,
-    "torch_dtype": dtype,
     "vocab_size": config.vocab_size,
     **families.option_fields(config),
   }
@@ -61,11 +60,12 @@ def save_target(
   Raises:
     WeightsError: parameters that are not this network's, or a failed write.
   """
+  fields = target_fields(config)  # or refuses, before anything else
   if config.tied_head:
     params = {name: x for name, x in params.items() if name != "head"}
   params = experts.scatter(params, config)
   table = target_table(config)
   tensors = names.stored_tensors(table, params, dtype, source="params to save")
-  fields = target_fields(config, names.main_dtype(tensors))
+  fields["torch_dtype"] = names.main_dtype(tensors)
   fields |= quantization.describe(table, tensors)
   write_model(directory, fields, tensors, extra)

@@ -79,7 +79,7 @@ def test_bounds_leave_out_draws_without_a_value():
   assert np.isnan(low).all() and np.isnan(high).all()
 
 
-def cover(prompts_of, trials=200):
+def cover(prompts_of, trials=1000):
   """Share of simulated measurements whose interval covers the true mean.
 
   24 prompts of 3 turns; turns of a prompt are alike.
