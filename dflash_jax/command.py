@@ -101,3 +101,16 @@ def _fail(error: Exception) -> NoReturn:
   message = " ".join(str(error).split())
   print(f"error: {message}", file=sys.stderr)
   sys.exit(2)
+
+
+def whole_numbers(flag: str, words: Sequence[str]) -> tuple[int, ...]:
+  """The numbers that a flag names; ConfigError for what is none."""
+  numbers = []
+  for word in words:
+    try:
+      numbers.append(int(word))
+    except ValueError as error:
+      raise ConfigError(
+        f"{flag} takes whole numbers joined by commas, not {word!r}"
+      ) from error
+  return tuple(numbers)

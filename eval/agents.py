@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from dflash_jax import command
-from dflash_jax.config import Config, ConfigError
+from dflash_jax.config import Config
 from dflash_jax.model import load
 from eval import agents_report, plots, records
 from eval.workload import Workload
@@ -85,7 +85,9 @@ def _override(config: Config) -> Config:
   if values.workflows is not None:
     given["workflows"] = tuple(values.workflows)
   if values.concurrency is not None:
-    given["concurrency"] = tuple(map(_whole, values.concurrency))
+    given["concurrency"] = command.whole_numbers(
+      "--concurrency", values.concurrency
+    )
   if values.chains is not None:
     given["chains"] = values.chains
   path = config.drafter.path if values.drafter is None else values.drafter
@@ -94,15 +96,6 @@ def _override(config: Config) -> Config:
     agents=dataclasses.replace(config.agents, **given),
     drafter=dataclasses.replace(config.drafter, path=path),
   )
-
-
-def _whole(text: str) -> int:
-  try:
-    return int(text)
-  except ValueError as error:
-    raise ConfigError(
-      f"--concurrency takes whole numbers joined by commas, not {text!r}"
-    ) from error
 
 
 if __name__ == "__main__":

@@ -46,21 +46,12 @@ def main(config: Config) -> None:
     raise ConfigError("--output=DIR is missing; name a directory for records")
   report.check_names(values.report, values.markdown)
   if values.concurrency is not None:
-    concurrency = tuple(map(_whole, values.concurrency))
+    concurrency = command.whole_numbers("--concurrency", values.concurrency)
     suite = dataclasses.replace(config.suite, concurrency=concurrency)
     config = dataclasses.replace(config, suite=suite)
   contest = Contest.plan(config, pathlib.Path(values.output))
   contest.run(has_ladder=values.ladder)
   report.write([values.output], values.report, values.markdown)
-
-
-def _whole(text: str) -> int:
-  try:
-    return int(text)
-  except ValueError as error:
-    raise ConfigError(
-      f"--concurrency takes whole numbers joined by commas, not {text!r}"
-    ) from error
 
 
 if __name__ == "__main__":

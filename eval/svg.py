@@ -45,6 +45,7 @@ def pick_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def wrap(title: str, height: float, parts: Sequence[str]) -> str:
+  """A figure of these parts, as wide as its page lets it be."""
   body = "\n".join(parts)
   return (
     f'<svg viewBox="0 0 {WIDTH} {place(height)}" role="img" '
@@ -56,6 +57,7 @@ def wrap(title: str, height: float, parts: Sequence[str]) -> str:
 def x_axis(
   scale: Scale, ticks: Sequence[float], top: float, bottom: float, label: str
 ) -> list[str]:
+  """Upright grid lines, their numbers, and what is measured along them."""
   parts = []
   for tick in ticks:
     x = place(scale(tick))
@@ -71,6 +73,7 @@ def x_axis(
 def y_axis(
   scale: Scale, ticks: Sequence[float], right: float, label: str, percent: bool
 ) -> list[str]:
+  """Level grid lines, their numbers, and what is measured across them."""
   parts = [text(4, TOP + 2, label)]
   for tick in ticks:
     y = place(scale(tick))
@@ -101,6 +104,7 @@ def shape(
 
 
 def stroke(x1: float, y1: float, x2: float, y2: float, color: int) -> str:
+  """A line between two marks."""
   return (
     f'<line class="line s{color % COLORS}" x1="{place(x1)}" y1="{place(y1)}" '
     f'x2="{place(x2)}" y2="{place(y2)}"/>'
@@ -108,6 +112,7 @@ def stroke(x1: float, y1: float, x2: float, y2: float, color: int) -> str:
 
 
 def dashed(x1: float, y1: float, x2: float, y2: float) -> str:
+  """A line to compare with, such as no speed-up."""
   return (
     f'<line class="reference" x1="{place(x1)}" y1="{place(y1)}" '
     f'x2="{place(x2)}" y2="{place(y2)}"/>'
@@ -117,6 +122,7 @@ def dashed(x1: float, y1: float, x2: float, y2: float) -> str:
 def text(
   x: float, y: float, text: str, kind: str = "", *, end: str = "start"
 ) -> str:
+  """Letters from a point, to it ("end") or around it ("middle")."""
   named = f' class="{kind}"' if kind else ""
   return (
     f'<text{named} x="{place(x)}" y="{place(y)}" text-anchor="{end}">'
@@ -131,6 +137,7 @@ def cut(text: str, room: float) -> str:
 
 
 def escape(text: str) -> str:
+  """Text that no browser takes for markup."""
   return html.escape(text, quote=True)
 
 
