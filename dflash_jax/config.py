@@ -234,6 +234,7 @@ class TrainConfig:
       for all. Bounds the layers' memory, at one more forward pass.
     loss_chunk: blocks per piece of the head and loss; bounds logits memory.
     compute_dtype: of matmuls; masters and logits stay float32.
+    fused_attention: take cuDNN's attention in blocks, on GPUs in bfloat16.
     feature_cache: directory for target features, or "" for online features.
     hybrid_features: compute cached features as they are first read, rather than
       all of them before the first step.
@@ -277,6 +278,7 @@ class TrainConfig:
   anchor_chunk: int = 0
   loss_chunk: int = 64
   compute_dtype: str = "bfloat16"
+  fused_attention: bool = True
   feature_cache: str = ""
   hybrid_features: bool = False
   log_every: int = 20

@@ -19,6 +19,7 @@ from dflash_jax.drafters.backbone import definition
 from dflash_jax.drafters.correctors import Corrector, SelectorHead
 from dflash_jax.target import Params
 from train.anchors import Blocks, document_starts
+from train.fused_attention import attend_fused
 from train.losses import is_best, overlap, take
 
 # Of a batch's rows, per draft layer: keys and values, each f[B, G, S, H].
@@ -54,12 +55,14 @@ def run_blocks(
   embedding: jax.Array,
   context: Context,
   blocks: Blocks,
+  fuses: bool = False,
 ) -> jax.Array:
   """f32[B, A, K', D]: the slots of every block that predict.
 
   The exact rule of a block's attention: the anchor's document strictly before
   the anchor, plus the block itself. Each part is its own attention, merged by
-  log-sum-exp, so no mask over [A K, S + A K] exists.
+  log-sum-exp, so no mask over [A K, S + A K] exists; or both are one, by cuDNN,
+  where `fuses` (train/fused_attention.py).
   """
   B, A = blocks.anchors.shape
   K = drafter.config.block_size
@@ -71,10 +74,13 @@ def run_blocks(
   age = places[..., None] - slots
 
   def attend(index, query, key, value, mask):
-    block = layers.attend_with_lse(query, key, value, mask)
     window = drafter.config.layer_windows[index]
     visible = before & (age < window) if window else before
     visible = jnp.broadcast_to(visible, age.shape).reshape(B, A * K, S)
+    if fuses:
+      own = key, value
+      return attend_fused(query, own, context[index], visible, mask)
+    block = layers.attend_with_lse(query, key, value, mask)
     rows = query.reshape(B, A * K, *query.shape[2:])
     keys, values = context[index]
     out, lse = layers.attend_with_lse(rows, keys, values, visible)

@@ -99,7 +99,11 @@ def update_flops(
   Traced in one piece, on one device, so that nothing is computed twice.
   """
   whole = dataclasses.replace(
-    trainer.config, anchor_chunk=0, loss_chunk=2**30, accumulate=1
+    trainer.config,
+    anchor_chunk=0,
+    loss_chunk=2**30,
+    accumulate=1,
+    fused_attention=False,  # whose products nobody could count
   )
   lone = Trainer.create(trainer.target, trainer.drafter, whole)
   shapes = jax.tree.map(

@@ -8,6 +8,7 @@ from dflash_jax.drafters import Borrowed, DFlash
 from dflash_jax.target import Params
 from train.anchors import Blocks
 from train.drafts import Context, Drafts, read_context, read_drafts, run_blocks
+from train.fused_attention import can_fuse
 from train.learners.base import Learner
 from train.state import Batch
 
@@ -31,7 +32,9 @@ class BlockLearner(Learner):
   ) -> jax.Array:
     """f32[B, A, K', D]: the slots of every block that predict."""
     embedding = borrowed.embedding
-    return run_blocks(self.drafter, params, embedding, context, blocks)
+    keys, _ = context[0]
+    fuses = self.config.fused_attention and can_fuse(keys)
+    return run_blocks(self.drafter, params, embedding, context, blocks, fuses)
 
   def say(
     self,
