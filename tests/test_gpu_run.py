@@ -1,5 +1,6 @@
 """tools/gpu_run.sh on the tiny config and a CPU: cut, resumed, carried on."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -199,16 +200,33 @@ def test_wrong_option_is_refused(tmp_path, options, message):
 
 
 def test_old_and_missing_packages_are_named(monkeypatch):
-  versions = {"jax": "0.4.30", "gguf": ""}
+  _pretend_installed(monkeypatch, {"jax": "0.4.30", "optax": ""})
+  assert list(gpu_run._find_unmet()) == [
+    "jax 0.4.30 is too old: >=0.11.2 is needed",
+    "optax is missing",
+  ]
+
+
+@pytest.mark.parametrize("gguf", ["", "0.17.1"])
+def test_reader_of_the_targets_format_is_needed(monkeypatch, tmp_path, gguf):
+  """Also where a config takes its target from another config."""
+  _pretend_installed(monkeypatch, {"gguf": gguf})
+  (tmp_path / "machine").mkdir()
+  options = argparse.Namespace(
+    config=str(ROOT / "configs/smollm2_135m_gpu.py"),
+    state=str(tmp_path),
+    cpu=True,
+  )
+  problem = gpu_run._check(options)
+  assert problem.startswith("" if gguf else "gguf is missing")
+  assert bool(problem) != bool(gguf)
+
+
+def _pretend_installed(monkeypatch, versions):
   installed = gpu_run._version
   monkeypatch.setattr(
     gpu_run, "_version", lambda name: versions.get(name, installed(name))
   )
-  problems = list(gpu_run._find_unmet(ROOT / "configs/smollm2_135m_gpu.py"))
-  assert problems == [
-    "jax 0.4.30 is too old: >=0.11.2 is needed",
-    "gguf is missing",
-  ]
 
 
 def test_gguf_stands_in_for_a_package_that_is_missing(

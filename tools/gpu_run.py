@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,6 +37,9 @@ SHOWN = (
   "transformers",
 )
 PACKAGE = "package:"
+REMEDY = (
+  "Install what is named, or carry its wheel in the inputs folder (docs/gpu.md)"
+)
 NO_TARGET = 3  # exit code
 
 
@@ -62,12 +66,8 @@ def main() -> None:
 
 def _check(options: argparse.Namespace) -> str:
   """Names every package that is missing or too old; then the device."""
-  problems = list(_find_unmet(options.config))
-  if problems:
-    return (
-      f"{'; '.join(problems)}. Install them, or carry their wheels in the "
-      "inputs folder (docs/gpu.md)"
-    )
+  if problems := list(_find_unmet()):
+    return f"{'; '.join(problems)}. {REMEDY}"
   for program in PROGRAMS:
     try:
       importlib.import_module(program)
@@ -93,22 +93,20 @@ def _check(options: argparse.Namespace) -> str:
       "try the script with --cpu"
     )
   target = _find_target(options.config, state)
+  if not _version("gguf") and _is_gguf(target or _read_path(options.config)):
+    return f"gguf is missing, and the target is in its format. {REMEDY}"
   (state / "machine" / "target").write_text(target)
   return ""
 
 
-def _find_unmet(config: str):
+def _find_unmet() -> Iterator[str]:
   """Requirements of setup.cfg that this environment does not meet."""
   from packaging.requirements import Requirement
 
   setup = configparser.ConfigParser(interpolation=None)
   setup.read(ROOT / "setup.cfg", encoding="utf-8")
   options = setup["options"]
-  lines = options["install_requires"].split()
-  text = pathlib.Path(config).read_text(encoding="utf-8")
-  if "SMOLLM2_PACKAGE" in text or ".gguf" in text:
-    lines.append("gguf")
-  for line in lines:
+  for line in options["install_requires"].split():
     wanted = Requirement(line)
     version = _version(wanted.name)
     if not version:
@@ -135,9 +133,7 @@ def _read_driver() -> str:
 
 def _find_target(config: str, state: pathlib.Path) -> str:
   """The .gguf to use instead of a package that is not installed, or ""."""
-  from dflash_jax import config_file
-
-  path = config_file.read(config).target.path
+  path = _read_path(config)
   package = path.removeprefix(PACKAGE)
   if package == path or _version(package):
     return ""
@@ -150,6 +146,17 @@ def _find_target(config: str, state: pathlib.Path) -> str:
     )
     sys.exit(NO_TARGET)
   return str(found[0])
+
+
+def _read_path(config: str) -> str:
+  """The path of a config's target."""
+  from dflash_jax import config_file
+
+  return config_file.read(config).target.path
+
+
+def _is_gguf(path: str) -> bool:
+  return path.startswith(PACKAGE) or path.endswith(".gguf")
 
 
 # --- Archives -----------------------------------------------------------------
