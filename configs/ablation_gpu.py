@@ -4,10 +4,10 @@ r"""The variants of the ablation, trained for longer, on one GPU.
 
 The drafters that configs/ablation.py trains for 320 steps of 2 sequences, here
 for 900 steps of 32, with the corpus of configs/smollm2_135m_gpu.py and
-features computed online. Same parts, same budgets of parameters, one seed. Runs that
-share a GPU take turns, and seconds per step are those of a crowd. What is trained can be
-judged on another machine, by the same command with --skip_training.
-docs/results/ablation_gpu.md is what came out.
+features computed online. Same parts, same budgets of parameters, one seed. Runs
+that share a GPU take turns, and seconds per step are those of a crowd. What is
+trained can be judged on another machine, by the same command with
+--skip_training. docs/results/ablation_gpu.md is what came out.
 """
 
 import dataclasses
