@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -190,6 +191,7 @@ class Contest:
     record = {"drafter": contestant.name, **record}
     path = str(self._curve_path(contestant))
     records.write_whole(path, records.to_json(record), "--output")
+    tqdm.tqdm.write(f"wrote {path}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +254,7 @@ class _Group:
         record["ladder"] = ladder.climb(model, batches, comparisons)
       path = self.contest.path(self.prompt_set, contestant, self.temperature)
       records.write_whole(str(path), records.to_json(record), "--output")
+      tqdm.tqdm.write(f"wrote {path}", file=sys.stderr)
 
   def _split(self, name: str, model: Model, sizes: Sizes) -> dict[str, Any]:
     key, known = (name, self.temperature), self.contest.splits

@@ -27,7 +27,7 @@ TOLERANCE = 2e-4
 class Case:
   """A golden drafter, its target and its truth."""
 
-  def __init__(self, name: str):
+  def __init__(self, name: str, drafter: pathlib.Path | None = None):
     directory = GOLDENS / name
     self.golden = json.loads((directory / "golden.json").read_text())
     self.arrays = load_file(directory / "golden.safetensors")
@@ -35,7 +35,7 @@ class Case:
       str(directory / self.golden["target"]), "float32"
     )
     config, params, _ = weights.load_drafter(
-      str(directory / self.golden["drafter"]), "float32"
+      str(drafter or directory / self.golden["drafter"]), "float32"
     )
     config.check_target(target_config)
     self.target, self.drafter = Target(target_config), DFlash(config)
