@@ -10,7 +10,7 @@ r"""Variants of one size, trained on two CPU cores, for configs/suite.py.
 
 Arms of configs/ablation.py, with its parts and budgets of parameters: DFlash,
 DSpark, Domino, EAGLE-3 and a small LM, for twice its steps and one seed, on
-some 1,100 answers. What they learn in that time is little: they are there to be
+some 1,000 answers. What they learn in that time is little: they are there to be
 set side by side, not to be used.
 """
 
