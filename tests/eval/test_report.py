@@ -65,7 +65,7 @@ def test_records_in_the_repository_can_be_reported():
     "smollm2_135m width=fixed:3",
     "smollm2_135m width=fixed:7",
   ]
-  assert "plain+shared" in to_markdown(*found)
+  assert "speculative+shared" in to_markdown(*found)
   assert "<svg" in page.to_html(*found)
 
 
