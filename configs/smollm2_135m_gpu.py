@@ -36,6 +36,7 @@ def get_config() -> Config:
       num_self_prompts=24 * 1024,
       openings=("", "", "", "", "How", "What", "Write", "Can you", "Explain")
       + ("Write a Python function", "Write a program", "Implement a function")
+      + ("Write a Python script", "Write code")
       + ("Solve", "Calculate", "Give me", "I", "Why", "Summarize"),
       batch_size=1024,
       shard_sequences=2048,

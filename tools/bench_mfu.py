@@ -1,7 +1,7 @@
 """How much of a GPU's peak an update reaches at a published drafter's shape.
 
-    python tools/bench_mfu.py
-    python tools/bench_mfu.py --anchor_chunk=64 --loss_chunk=256
+    python -m tools.bench_mfu
+    python -m tools.bench_mfu --accumulate=1 --anchor_chunk=32 --loss_chunk=128
 
 An update of configs/qwen3_8b.py on one GPU of the eight that share its batch:
 the published drafter, 1,048,626,432 parameters, 512 anchors of 16 slots in each
@@ -44,6 +44,9 @@ TARGET = TargetConfig(
 )
 PARAMETERS = 1_048_626_432  # of the published drafter
 DEVICES = 8  # that share the batch of the config
+SETTINGS = ("accumulate", "num_anchors", "anchor_chunk", "loss_chunk") + (
+  "sequence_length",
+)
 PROMPT = 128  # tokens of a row that are not supervised
 
 
@@ -82,7 +85,7 @@ def main() -> None:
   parser.add_argument(
     "--rows", type=int, default=config.train.batch_size // DEVICES
   )
-  for name in ("num_anchors", "anchor_chunk", "loss_chunk", "sequence_length"):
+  for name in SETTINGS:
     parser.add_argument(
       f"--{name}", type=int, default=getattr(config.train, name)
     )
@@ -92,10 +95,7 @@ def main() -> None:
   settings = dataclasses.replace(
     config.train,
     batch_size=options.rows,
-    num_anchors=options.num_anchors,
-    anchor_chunk=options.anchor_chunk,
-    loss_chunk=options.loss_chunk,
-    sequence_length=options.sequence_length,
+    **{name: getattr(options, name) for name in SETTINGS},
   )
   drafter = DFlash(design_drafter(config, TARGET))
   assert drafter.count_parameters() == PARAMETERS

@@ -36,7 +36,7 @@ minutes=9 stage=all synthesize_minutes=8 train_minutes=10 piece_mb=15 cpu=
 config=configs/smollm2_135m_gpu.py state=.gpu_run inputs=.gpu_inputs
 # Not the whole suite: what runs on the device, within TEST_SECONDS.
 tests="tests/test_layers.py tests/test_verify.py tests/test_session.py"
-tests+=" tests/drafters"
+tests+=" tests/drafters tests/train/test_fused_attention.py"
 TEST_SECONDS=240
 NO_TARGET=3 # exit code of tools/gpu_run.py
 command_line="tools/gpu_run.sh $*"

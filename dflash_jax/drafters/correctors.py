@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dflash_jax import layers
+from dflash_jax.likeliest import find_likeliest
 from dflash_jax.networks import DrafterConfig, Gru, Markov, Selector
 
 Memory = Any  # a pytree of the corrector's own
@@ -121,7 +122,8 @@ class SelectorHead(Corrector):
 
     Arguments as in `correct`.
     """
-    likely, columns = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))
+    columns = find_likeliest(logits, min(self.top_k, logits.shape[-1]))
+    likely = jnp.take_along_axis(logits, columns, axis=-1)
     return columns, likely + self.pair(clue, hidden, columns)
 
   def pair(

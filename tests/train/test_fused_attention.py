@@ -9,7 +9,8 @@ import pytest
 
 from dflash_jax import layers
 from dflash_jax.config import TrainConfig
-from train.fused_attention import attend_fused, can_fuse
+from train import fused_attention
+from train.fused_attention import attend_fused, can_fuse, divide
 from train.learners import blocks as blocks_lib
 
 B, A, K, S, N, G, H = 2, 5, 3, 11, 6, 2, 8
@@ -38,7 +39,11 @@ def _attend_twice(query, own, context, visible, mask):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_equals_two_attentions_merged_by_log_sum_exp(is_causal):
+@pytest.mark.parametrize("group", [1, 2 * K, 1000])
+def test_equals_two_attentions_merged_by_log_sum_exp(
+  monkeypatch, group, is_causal
+):
+  monkeypatch.setattr(fused_attention, "GROUP", group)
   query, own, context, visible = _operands(jnp.float32)
   mask = jnp.ones((1, K, K), bool)
   mask = jnp.tril(mask) if is_causal else mask
@@ -59,6 +64,32 @@ def test_equals_two_attentions_merged_by_log_sum_exp(is_causal):
     strict=True,
   ):
     np.testing.assert_allclose(x, y, atol=5e-6)
+
+
+def test_in_bfloat16_it_agrees_too():
+  """By cuDNN, where there is a GPU: groups and context of odd sizes."""
+  implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
+  operands = _operands(jnp.bfloat16)
+  mask = jnp.ones((1, K, K), bool)
+
+  def outcome(attend, operands):
+    *inputs, visible = operands
+    out, pull = jax.vjp(lambda *x: attend(*x, visible, mask), *inputs)
+    cotangent = jax.random.normal(jax.random.key(7), out.shape)
+    return jax.tree.leaves((out, pull(cotangent)))
+
+  def fused(*arguments):
+    return attend_fused(*arguments, implementation)
+
+  *exact, visible = operands
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), exact)
+  for found, wanted in zip(
+    outcome(fused, operands),
+    outcome(_attend_twice, (*exact, visible)),
+    strict=True,
+  ):
+    error = jnp.linalg.norm(found.astype(jnp.float32) - wanted)
+    assert error < 0.01 * jnp.linalg.norm(wanted)
 
 
 def test_other_blocks_and_hidden_context_change_nothing():
@@ -90,6 +121,21 @@ class _Gpu:
 def test_a_gpu_fuses_what_its_library_takes(monkeypatch, dtype, width, fits):
   monkeypatch.setattr(jax, "devices", lambda: [_Gpu])
   assert can_fuse(jnp.zeros((2, 3, 5, width), dtype)) == fits
+
+
+@pytest.mark.parametrize(
+  ("blocks", "K", "groups", "count"),
+  [
+    (512, 16, 32, 16),
+    (64, 8, 2, 32),
+    (37, 8, 2, 19),  # one void block
+    (74, 7, 3, 26),  # an even number of slots
+    (1, 7, 1, 2),
+    (3, 400, 3, 1),  # a block is never cut
+  ],
+)
+def test_blocks_divide_into_groups(blocks, K, groups, count):
+  assert divide(blocks, K) == (groups, count)
 
 
 def test_the_block_learner_asks_for_it_unless_told_not_to(monkeypatch):
