@@ -5,7 +5,8 @@ r"""DFlash 2 for SmolLM2-135M-Instruct: convolutions and a path selector.
 
 As configs/smollm2_135m_cpu.py, on the same corpus and features, with 12.7
 million parameters of its own (12.3 there); docs/drafters.md says what it is.
-The default drafter is made by it, see docs/default_drafter.md.
+The default drafter was made by it until a GPU was at hand, and has its shape:
+configs/smollm2_135m_gpu.py.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@ r"""The default drafter of SmolLM2-135M-Instruct, trained in minutes of one GPU.
 
     tools/gpu_run.sh --config=configs/smollm2_135m_gpu.py
 
-docs/gpu.md explains the command. Its parts, by hand:
+docs/gpu.md explains the command. The default drafter is made by it, and
+docs/default_drafter.md says with which flags. Its parts, by hand:
 
     python -m train.synthesize --config=configs/smollm2_135m_gpu.py \
         --config.synthesis.prompts='("questions.jsonl",)'
@@ -24,7 +25,7 @@ BASE = pathlib.Path(__file__).parent / "smollm2_135m_dflash2.py"
 
 
 def get_config() -> Config:
-  """DFlash 2 under Muon; 24,576 prompts of the target's own, some of code."""
+  """DFlash 2 under Muon; 24,576 prompts of the target's own, a quarter code."""
   base = config_file.read(BASE)
   return dataclasses.replace(
     base,

@@ -88,9 +88,9 @@ def test_numbers_are_those_of_the_records(drafters, tmp_path):
     "gsm8k.json",
     "other.json",
     "20 prompts",
-    "AMD EPYC, 2 cores",
+    "Intel(R) Xeon(R) Processor, 2 cores",
     "jax 0.11.2",
-    "2026-11-22",
+    "2026-11-26",
     "bonus token included",
     "`checkpoints/smollm2_135m`",
   ):
