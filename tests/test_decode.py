@@ -70,13 +70,16 @@ CERTAIN = [
   (Drafting(K - 1, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
   (TREE, Fixed(), GREEDY),
   (TREE, Fixed(5), LAW),
-  (TREE, Goodput(), LAW),
   (dataclasses.replace(TREE, sampling=DRAWN, is_coupled=True), Fixed(), LAW),
 ]
 # Each with the other law, too.
 OTHERS = [
-  pytest.param(*rest, GREEDY if law is LAW else LAW, marks=pytest.mark.slow)
-  for *rest, law in CERTAIN
+  pytest.param(*rest, law, marks=pytest.mark.slow)
+  for *rest, law in (
+    *((*rest, GREEDY if law is LAW else LAW) for *rest, law in CERTAIN),
+    (TREE, Goodput(), LAW),
+    (TREE, Goodput(), GREEDY),
+  )
 ]
 
 
@@ -287,6 +290,7 @@ RULES = {
 
 
 ALL = Fixed()
+QUICK = ("coupled tree", "token", "block")
 
 
 def law_decoder(model, rule, drafting, policy=ALL):
@@ -297,7 +301,13 @@ def law_decoder(model, rule, drafting, policy=ALL):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in RULES
+  ],
+)
 def test_replies_follow_the_targets_law(tiny, name):
   """1e5 replies of the whole loop against the joint law of three tokens."""
   model, decoder = law_decoder(tiny, *RULES[name])
@@ -452,7 +462,14 @@ def test_drafts_in_the_loop_are_those_of_a_drafter_that_reads_afresh():
   assert offers_agree(tiny_model(VOCAB))
 
 
-@pytest.mark.parametrize("bug", ["inflated length", "uncropped cache", "taps"])
+@pytest.mark.parametrize(
+  "bug",
+  [
+    pytest.param("inflated length", marks=pytest.mark.slow),
+    pytest.param("uncropped cache", marks=pytest.mark.slow),
+    "taps",
+  ],
+)
 def test_a_drafter_that_keeps_the_wrong_context_is_caught(bug, monkeypatch):
   """Silent losses of acceptance that other engines have had."""
   real = DFlash.absorb

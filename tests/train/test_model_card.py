@@ -301,5 +301,5 @@ def test_the_program_writes_a_card(drafters, tmp_path):
   )
   assert [run.returncode for run in runs] == [0, 2, 2], runs[0].stderr
   text = (tmp_path / "out" / "README.md").read_text()
-  assert "An EAGLE-3 drafter" in text and "2.36" in text
+  assert "An EAGLE-3 drafter" in text and "2.95" in text
   assert "add that" in runs[1].stderr and "/nowhere.json" in runs[2].stderr
