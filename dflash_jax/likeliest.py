@@ -19,7 +19,7 @@ def find_likeliest(scores: jax.Array, k: int) -> jax.Array:
   """
   scores = jax.lax.stop_gradient(scores)
   *rows, V = scores.shape
-  if V <= max(SMALL, 4 * k) or math.prod(rows) < MANY:
+  if math.prod(rows) < MANY or max(SMALL, 4 * k) >= V:
     return jax.lax.top_k(scores, k)[1]
   return jax.lax.platform_dependent(
     scores,
